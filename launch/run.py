@@ -1,0 +1,114 @@
+"""Starts, or continues, the run that a config file describes.
+
+    python launch/run.py --config=configs/quickstart.py
+    python launch/run.py --config=configs/quickstart.py:smoke
+    python launch/run.py --config=configs/pretrain.py:size=1b,mesh=v5e-256 --config.steps=20000 --workdir=gs://…
+    python launch/run.py --config=configs/quickstart.py --help     what the fields of this config are
+
+--config     FILE.py or FILE.py:arg, where the arg chooses the structure (size, mesh, smoke …)
+--config.…   sets one field, such as --config.steps=500; a bare --config.flag is true, --noconfig.flag false
+--workdir    where the run lives: a folder, a mounted drive or gs://…; default
+             runs/<config>-<hash of the fields that decide the numbers>. The same command continues the run.
+--debug      shows the traceback of a mistake, too
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # configs/ and experiments/ import each other from any working directory
+
+from tpu_llm import config as configs  # noqa: E402
+from tpu_llm.command_line import load  # noqa: E402
+
+
+def main(argv: list[str]) -> int:
+    try:
+        run(argv)
+    except KeyboardInterrupt:
+        return _fail('interrupted; the same command continues from the last checkpoint', 130)
+    except Exception as error:
+        if '--debug' in argv or not _is_users(error):
+            raise
+        return _fail(str(error) or type(error).__name__, 2)
+    return 0
+
+
+def run(argv: list[str]) -> None:
+    options = flags.FlagValues()
+    flags.DEFINE_string('config', None, 'FILE.py[:arg]', flag_values=options)
+    flags.DEFINE_string('workdir', None, 'folder or gs://', flag_values=options)
+    flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=options)
+    flags.DEFINE_bool('help', False, 'show this help', short_name='h', flag_values=options)
+    overrides = options(argv, known_only=True)[1:]
+    if options['help'].value and options['config'].value is None:
+        print(f'{__doc__}\n{_shipped()}')
+        return
+    if options['config'].value is None:
+        raise configs.ConfigError('no config given: --config=FILE.py[:arg]; --help lists those there are')
+    config = load(options['config'].value, overrides)
+    if options['help'].value:
+        print('\n'.join(_fields(config, '--config')))
+        return
+    workdir = options['workdir'].value or _default_workdir(options['config'].value, config)
+    if '://' in workdir and importlib.util.find_spec('gcsfs') is None:
+        raise configs.ConfigError(f"workdir {workdir} needs gcsfs: pip install 'tpu_llm[gcs]'")
+
+    from tpu_llm.parallel import hosts
+
+    hosts.join()
+    config.main(workdir)
+
+
+def _fields(value: Any, path: str) -> list[str]:
+    """Every field as the flag that would set it to the value it has."""
+    if configs.is_config(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        return [line for name in names for line in _fields(getattr(value, name), f'{path}.{name}')]
+    if isinstance(value, (tuple, list)) and any(map(configs.is_config, value)):
+        return [line for i, item in enumerate(value) for line in _fields(item, f'{path}[{i}]')]
+    return [f'{path}={value!r}']
+
+
+def _default_workdir(spec: str, config: Any) -> str:
+    """`runs/quickstart-smoke-0123456789`: the arg's bare words are kept; what else matters is in the hash."""
+    file, _, arg = spec.partition(':')
+    words = [Path(file).stem, *(word for word in arg.split(',') if re.fullmatch(r'[\w.-]+', word))]
+    return f'runs/{"-".join(words)}-{configs.digest(config)}'
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the error says what the user did wrong, rather than what this program did."""
+    if isinstance(error, (configs.ConfigError, flags.Error, OSError)):
+        return True
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    on_purpose = (raised.line or '').startswith('raise') and Path(raised.filename).is_relative_to(ROOT)
+    return isinstance(error, ValueError) and on_purpose
+
+
+def _fail(message: str, code: int) -> int:
+    print('error:', ' '.join(message.split()), file=sys.stderr)
+    return code
+
+
+def _shipped() -> str:
+    """The configs there are, each with the first line of its docstring."""
+    lines = ['Configs:']
+    for path in sorted(ROOT.glob('configs/**/*.py')):
+        text = path.read_text()
+        if 'def get_config(' in text:
+            doc = ast.get_docstring(ast.parse(text)) or ''
+            lines.append(f'  {path.relative_to(ROOT)!s:32} {doc.partition(chr(10))[0]}')
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))

@@ -1,0 +1,151 @@
+"""Where a run starts: its own newest whole checkpoint, else a parent run's, else given weights, else scratch.
+
+A parent run is continued in full (parameters, optimizer, step) under this run's config in its own workdir: a
+decay phase branched off a long run, a longer context. Its place in the data is kept where the data config is
+the same. Given weights are parameters alone, at step 0. Before any of it, the config is held against the one
+the workdir was started with: what would change the numbers is refused.
+"""
+
+import dataclasses
+import datetime
+import json
+from typing import Any, Literal
+
+import jax
+from etils import epath
+
+from tpu_llm import config as config_lib
+from tpu_llm.checkpoint import files, reader
+from tpu_llm.checkpoint.commit import Checkpoint
+from tpu_llm.checkpoint.fence import Fence
+from tpu_llm.checkpoint.lanes import Table
+from tpu_llm.config import Change, ConfigError
+
+PARAMETERS = 'params'  # the entry of the saved tree that given weights fill
+_DATA = 'config.data'  # the part of a run's config that decides the data
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Origin:
+    """What a run grows from while its workdir has no checkpoint of its own; by default nothing."""
+
+    parent: str = ''  # a workdir, or one folder in its checkpoints/: everything continues from it
+    weights: str = ''  # the same, for the parameters alone
+
+    def validate(self) -> None:
+        if self.parent and self.weights:
+            raise ConfigError(
+                f'parent={self.parent!r} and weights={self.weights!r} exclude each other; give one'
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resumed:
+    """The chosen start of a run; its text is the line to log."""
+
+    kind: Literal['run', 'parent', 'weights', 'scratch']
+    step: int = 0
+    arrays: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # the restored entries of `like`, or none
+    lanes: Table | None = None  # the whole lane table; None: the data starts at its beginning
+    folder: epath.Path | None = None
+
+    def __str__(self) -> str:
+        match self.kind:
+            case 'run':
+                return f'continuing at step {self.step} from {self.folder}'
+            case 'parent':
+                where = 'goes on' if self.lanes else 'starts at its beginning'
+                return f'branching off at step {self.step} from {self.folder}; the data {where}'
+            case 'weights':
+                return f'starting at step 0 with the parameters of {self.folder}'
+        return 'starting at step 0 from scratch'
+
+
+def resume(
+    workdir: epath.PathLike, like: dict[str, Any], origin: Origin, *, config: Any, tokenizer: str
+) -> Resumed:
+    """Chooses and restores; all processes call it together.
+
+    `like` is the whole state as ShapeDtypeStructs with shardings, its parameters under 'params'; `tokenizer`
+    is the fingerprint that `manifest.describe` was given. Raises CheckpointError where a source holds nothing
+    whole, ConfigError where it does not fit the state or the tokenizer.
+    """
+    own = reader.find(workdir)
+    if own:
+        restored = _load(own, like, tokenizer)
+        return Resumed('run', own.step, restored.arrays, restored.lanes, own.folder)
+    if origin.parent:
+        parent = _find_given('parent', origin.parent)
+        restored = _load(parent, like, tokenizer)
+        changed = config_lib.diff(restored.manifest['config'], config)
+        same_data = not any(f'{change.path}.'.startswith(f'{_DATA}.') for change in changed)
+        table = restored.lanes if same_data else None
+        return Resumed('parent', parent.step, restored.arrays, table, parent.folder)
+    if origin.weights:
+        given = _find_given('weights', origin.weights)
+        restored = _load(given, {PARAMETERS: like[PARAMETERS]}, tokenizer, part=True)
+        return Resumed('weights', 0, restored.arrays, None, given.folder)
+    return Resumed('scratch')
+
+
+def _find_given(field: str, path: str) -> Checkpoint:
+    checkpoint = reader.find(path)
+    if checkpoint is None:
+        raise ConfigError(
+            f'{field}={path!r} holds no finished checkpoint; give the workdir of a run that has one'
+        )
+    return checkpoint
+
+
+def _load(
+    checkpoint: Checkpoint, like: dict[str, Any], tokenizer: str, part: bool = False
+) -> reader.Restored:
+    trained_with = checkpoint.manifest()['tokenizer']
+    if trained_with != tokenizer:
+        raise ConfigError(
+            f'the tokenizer (fingerprint {tokenizer}) is not the one {checkpoint.folder} was trained with '
+            f'({trained_with}); use that one (it is saved there), or another --workdir'
+        )
+    return reader.load(checkpoint, like, part)
+
+
+# ------------------------------------------------------------------------------------- the workdir's config
+
+
+def check_config(workdir: epath.PathLike, config: Any) -> list[Change]:
+    """What differs from the config that the workdir was started with; nothing where it is new.
+
+    Call it before `fence.start`, so that a mistaken start does not stop the run that works there. Raises
+    ConfigError, listing the fields, where one that decides the numbers changed.
+    """
+    path = epath.Path(workdir) / 'config.json'
+    try:
+        stored = json.loads(files.read(path))
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        raise ConfigError(f'{path} is not JSON; bring it back, or use another --workdir') from None
+    changes = config_lib.diff(stored, config)
+    refused = [str(change) for change in changes if change.mark == 'maths']
+    if refused:
+        raise ConfigError(
+            f'{workdir} was started with another config, and this would change its numbers: '
+            f'{"; ".join(refused)}; undo that, or use another --workdir'
+        )
+    return changes
+
+
+def record_config(fence: Fence, config: Any, changes: list[Change]) -> None:
+    """Writes config.json, and what changed in the schedule as a line of changes.jsonl."""
+    if jax.process_index() != 0:
+        return
+    fence.check()
+    scheduled = {change.path: [change.old, change.new] for change in changes if change.mark == 'schedule'}
+    if scheduled:
+        path = fence.workdir / 'changes.jsonl'
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+        line = json.dumps({'time': now, 'start': fence.token, 'changes': scheduled})
+        files.write(path, (files.read(path) if files.exists(path) else b'') + line.encode() + b'\n')
+    files.write(fence.workdir / 'config.json', config_lib.to_json(config).encode())

@@ -1,0 +1,103 @@
+"""A tree of jax arrays on disk: written by Orbax in the background, restored onto any mesh, bit for bit.
+
+The tree is flattened to dotted names (`params.decoder.embed`): the names in the checkpoint, in the manifest
+and in every message. Orbax's own temporary folders and marks are left out, as our commit mark does their
+work.
+"""
+
+import asyncio
+import functools
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.future import Future
+
+from tpu_llm.checkpoint import files
+from tpu_llm.config import ConfigError
+
+FOLDER = 'arrays'
+
+Described = dict[str, dict[str, Any]]  # {name: {'shape': [4, 8], 'dtype': 'float32'}}
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """`{'params.decoder.embed': leaf, …}`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    flat = {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}
+    assert len(flat) == len(leaves), 'two leaves have the same name'
+    return flat
+
+
+def describe(tree: Any) -> Described:
+    """Shape and dtype of every array, as the manifest keeps them."""
+    return {name: {'shape': list(x.shape), 'dtype': str(x.dtype)} for name, x in named(tree).items()}
+
+
+def begin_write(folder: epath.Path, tree: Any) -> list[Future]:
+    """Copies the arrays to the host and starts writing; every process then waits for the futures.
+
+    The arrays may be donated or overwritten as soon as it returns. Once every process has waited, one of them
+    calls `finish_write`.
+    """
+    _quiet_orbax()
+    target = folder / FOLDER
+    if not files.is_cloud(target):
+        target.mkdir(parents=True, exist_ok=True)
+    writing = ocp.PyTreeCheckpointHandler().async_save(target, args=ocp.args.PyTreeSave(named(tree)))
+    return asyncio.run(writing) or []
+
+
+@functools.cache
+def _quiet_orbax() -> None:
+    """Orbax logs the traceback of a failed write, which the store reports in one line."""
+    logging.getLogger('absl').addFilter(lambda record: not (record.exc_info and 'orbax' in record.pathname))
+
+
+def finish_write(folder: epath.Path) -> None:
+    """Joins what the processes wrote."""
+    ocp.PyTreeCheckpointHandler().finalize(folder / FOLDER)
+
+
+def read(folder: epath.Path, like: Any) -> Any:
+    """The arrays named by `like` (ShapeDtypeStructs with shardings), all or a part of those saved."""
+    wanted = named(like)
+    shardings = ocp.checkpoint_utils.construct_restore_args(wanted)
+    restored = _restore(folder, wanted, shardings)
+    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in wanted])
+
+
+def read_to_host(folder: epath.Path, name: str) -> np.ndarray:
+    """One array, whole, in this process's memory."""
+    return _restore(folder, {name: 0}, {name: ocp.RestoreArgs(restore_type=np.ndarray)})[name]
+
+
+def _restore(folder: epath.Path, item: dict[str, Any], restore_args: dict[str, Any]) -> dict[str, Any]:
+    files.forget_listings(folder)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+    return ocp.PyTreeCheckpointHandler().restore(folder / FOLDER, args=args)
+
+
+def check_fit(folder: epath.Path, saved: Described, wanted: Described, part: bool) -> None:
+    """Raises ConfigError, naming the tensors, unless what is wanted is what was saved, or a part of it."""
+    problems = [f'{name} is only here' for name in wanted if name not in saved]
+    problems += [f'{name} is only there' for name in saved if name not in wanted and not part]
+    problems += [
+        f'{name} is {show(saved[name])} there and {show(wanted[name])} here'
+        for name in wanted
+        if name in saved and saved[name] != wanted[name]
+    ]
+    if problems:
+        more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
+        raise ConfigError(
+            f'{folder} does not fit this model and optimizer: {"; ".join(problems[:3])}{more}; '
+            'make the config as it was there'
+        )
+
+
+def show(tensor: dict[str, Any]) -> str:
+    """`float32[4,8]`."""
+    return f'{tensor["dtype"]}[{",".join(map(str, tensor["shape"]))}]'

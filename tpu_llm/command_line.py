@@ -1,0 +1,141 @@
+"""From `--config=FILE.py:arg --config.a.b=value` to a checked config: what every launcher shares.
+
+ml_collections' config_flags sets the fields. It answers a mistake with a raw KeyError, so each path is looked
+up first, and whatever is wrong becomes a ConfigError of one line with the nearest name.
+"""
+
+import dataclasses
+import importlib.util
+import inspect
+import re
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+from ml_collections.config_flags import config_path
+
+from tpu_llm.config import ConfigError, is_config, nearest, validate
+
+
+def load(spec: str, overrides: list[str]) -> Any:
+    """The validated config of `FILE.py` or `FILE.py:arg`, after overrides such as `--config.model.width=512`.
+
+    Raises ConfigError on anything that the user may have written wrongly.
+    """
+    file, _, arg = spec.partition(':')
+    config = override(_get_config(_import(find(file)), file, arg), overrides)
+    validate(config)
+    return config
+
+
+def find(file: str) -> Path:
+    """The config file: as named from the working directory, or else from a folder on Python's path."""
+    places = [Path(place, file) for place in ('', *sys.path)]
+    for place in places:
+        if place.is_file():
+            return place.resolve()
+    roots = (Path(), Path(sys.path[0]))
+    there = [path.relative_to(root) for root in roots for path in root.glob('configs/**/*.py')]
+    raise ConfigError(f'config file {file} does not exist{nearest(file, map(str, there))}')
+
+
+def _import(path: Path) -> Any:
+    """Runs the file as the module that `import` would find it as, so that what it defines can be pickled."""
+    homes = [Path(home).resolve() for home in sys.path]
+    inside = [path.relative_to(home) for home in homes if path.is_relative_to(home)]
+    name = '.'.join((inside[0] if inside else Path(path.name)).with_suffix('').parts)
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f'config file {path} is not a Python file (.py)')
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f'{error.filename}:{error.lineno}: {error.msg}') from None
+    return module
+
+
+def _get_config(module: Any, file: str, arg: str) -> Any:
+    get_config = getattr(module, 'get_config', None)
+    if not callable(get_config):
+        raise ConfigError(f'config file {file} has no function get_config(arg=None) that returns the run')
+    args = (arg,) if arg else ()
+    signature = inspect.signature(get_config)
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        raise ConfigError(f'{file}: get_config{signature}: {error}; write get_config(arg=None)') from None
+    config = get_config(*args)
+    if not is_config(config):
+        raise ConfigError(f'{file}: get_config returned {config!r}, not a config (a dataclass)')
+    return config
+
+
+# -------------------------------------------------------------------------------------------------- overrides
+
+
+def override(config: Any, args: list[str]) -> Any:
+    """A copy of the config with each `--config.path=value`, `--config.flag` and `--noconfig.flag` applied."""
+    for arg in args:
+        match = re.fullmatch(r'--?(no)?config\.([^=]+)(?:=(.*))?', arg, re.DOTALL)
+        if match is None:
+            raise ConfigError(_unknown(arg))
+        _check(config, match[2], match[3])
+    values = flags.FlagValues()
+    argv = ['run', *args]
+    try:
+        config_flags.DEFINE_config_dataclass('config', config, flag_values=values, sys_argv=argv)
+        values(argv)
+    except (flags.Error, TypeError, ValueError, LookupError) as error:
+        raise ConfigError(f'{error}'.removeprefix('flag ')) from None
+    return values['config'].value
+
+
+def _unknown(arg: str) -> str:
+    if not arg.startswith('-'):
+        return f'unexpected argument {arg!r}; a value is joined to its flag by =, as in --config.steps=100'
+    name = arg.partition('=')[0]
+    return f'unknown flag {name}{nearest(name, ("--config", "--workdir", "--debug", "--help"))}'
+
+
+def _check(config: Any, path: str, text: str | None) -> None:
+    """Raises ConfigError unless `path` leads to a single value that a flag can set."""
+    node, above, where = config, None, 'config'
+    try:
+        parts = config_path.split(path)
+    except ValueError:
+        raise ConfigError(f'--config.{path} is not the path of a field') from None
+    for part in parts:
+        above, node = node, _step(node, part, where, path)
+        where += f'.{part}' if isinstance(part, str) else f'[{part!r}]'
+    if is_config(node):
+        names = ', '.join(field.name for field in dataclasses.fields(node))
+        raise ConfigError(f'{where} is a group of fields, not a value; set one of {names}')
+    if text is not None and text.lower() == 'none':
+        raise ConfigError(f'{where} cannot be None by flag; what may be absent is chosen by the config arg')
+    if is_config(above):
+        hint = config_path.normalize_type(typing.get_type_hints(type(above))[parts[-1]])
+        if typing.get_origin(hint) is typing.Literal:
+            choices = flags.EnumParser(list(typing.get_args(hint)))
+            config_flags.register_flag_parser_for_type(hint, choices)
+
+
+def _step(node: Any, part: Any, where: str, path: str) -> Any:
+    if node is None:
+        raise ConfigError(
+            f'{where} is absent, so --config.{path} has nothing to set; the config arg chooses what there is'
+        )
+    if is_config(node):
+        names = [field.name for field in dataclasses.fields(node)]
+        if part not in names:
+            raise ConfigError(
+                f'{where} has no field {part!r}{nearest(part, names)}; it has {", ".join(names)}'
+            )
+        return getattr(node, part)
+    try:
+        return node[part]
+    except (LookupError, TypeError):
+        raise ConfigError(f'{where} is {node!r} and has no {part!r}') from None

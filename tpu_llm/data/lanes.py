@@ -1,0 +1,168 @@
+"""Lanes: the fixed walks over documents of which the rows of every global batch are made.
+
+Lane j of a batch of G rows reads, as its c-th document of a source, document `c * G + j` of that source's endless
+shuffled stream. So lanes never share a document within an epoch, and together they read each stream without a
+gap. A lane takes its next document from the source that lags its weight most (`mixture.most_behind`), counted in tokens
+since the stage began. Lanes start with different pseudo-random debts, so that they do not all turn to the same source
+at once.
+
+The state of a lane is a few integers (its step, the documents and tokens taken of each source, and where in which
+document it stands); the states of all lanes are the *lane table*, which a checkpoint stores and any split over hosts
+and workers can go on from.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from tpu_llm.config import ConfigError
+from tpu_llm.data.mixture import Mixture, most_behind, uniform
+from tpu_llm.data.packing import Piece
+from tpu_llm.data.streams import Stream
+
+Overlong = Literal['split', 'truncate', 'drop', 'stop']
+Table = dict[str, np.ndarray]
+
+_NONE = -1  # `source` of a lane that stands between two documents
+_IN_VAIN = 1000  # documents in a row that may be unusable before the source is called so
+
+
+def initial(lanes: Iterable[int], sources: int) -> Table:
+    """The table before the first step."""
+    lane = np.asarray(sorted(lanes), np.int64)
+    n = len(lane)
+    return {
+        'lane': lane,
+        'step': np.zeros(n, np.int64),
+        'source': np.full(n, _NONE, np.int64),
+        'offset': np.zeros(n, np.int64),
+        'drawn': np.zeros((n, sources), np.int64),  # documents taken of each source
+        'emitted': np.zeros((n, sources), np.int64),  # pairs put into rows of each source in this stage
+    }
+
+
+def merge(tables: Sequence[Table]) -> Table:
+    """One table of the lanes of several readers at the same step, sorted by lane."""
+    joined = {key: np.concatenate([table[key] for table in tables]) for key in tables[0]}
+    joined = {key: column[np.argsort(joined['lane'])] for key, column in joined.items()}
+    assert len(np.unique(joined['lane'])) == len(joined['lane']), 'two tables hold the same lane'
+    assert len(np.unique(joined['step'])) == 1, 'the tables are of different steps'
+    return joined
+
+
+def select(table: Table, lanes: Iterable[int]) -> Table:
+    """The rows of some lanes, sorted. Raises ConfigError on a lane that the table does not hold."""
+    at = {int(lane): row for row, lane in enumerate(table['lane'])}
+    wanted = sorted(int(lane) for lane in lanes)
+    missing = [lane for lane in wanted if lane not in at]
+    if missing:
+        raise ConfigError(f'the lane table has no lane {missing[0]}; it was saved with another global_batch')
+    return {key: column[[at[lane] for lane in wanted]] for key, column in table.items()}
+
+
+class Walk:
+    """Some lanes, walked one row at a time."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        streams: Sequence[Stream],
+        table: Table,
+        *,
+        seed: int,
+        global_batch: int,
+        seq_len: int,
+        overlong: Overlong,
+    ):
+        assert len(streams) == table['drawn'].shape[1] == len(mixture.sources)
+        self._names = list(mixture.sources)
+        self._streams = streams
+        self._stages = mixture.stages()
+        self._table = {key: column.copy() for key, column in table.items()}
+        self._documents: list[tuple[np.ndarray, int] | None] = [None] * len(table['lane'])
+        self._global_batch = global_batch
+        self._seq_len = seq_len
+        self._overlong = overlong
+        phases = [stream.mean_length() if len(streams) > 1 else 0.0 for stream in streams]
+        self._debts = [
+            [
+                uniform(seed, 'debt', int(lane), name) * phase
+                for name, phase in zip(self._names, phases, strict=True)
+            ]
+            for lane in table['lane']
+        ]
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def state(self) -> Table:
+        return {key: column.copy() for key, column in self._table.items()}
+
+    def step(self) -> list[list[Piece]]:
+        """The next row of each lane, as the pieces that fill it."""
+        return [self._row(i) for i in range(len(self))]
+
+    def _row(self, i: int) -> list[Piece]:
+        table, row, free = self._table, [], self._seq_len
+        if any(table['step'][i] == first for first, _ in self._stages):
+            table['emitted'][i] = 0
+        while free:
+            ids, document = self._current(i)
+            source, start = int(table['source'][i]), int(table['offset'][i])
+            stop = min(start + free, len(ids) - 1)
+            row.append(Piece(ids, start, stop, source, document))
+            free -= stop - start
+            table['emitted'][i, source] += stop - start
+            table['offset'][i] = stop
+            if stop == len(ids) - 1:
+                table['source'][i], table['offset'][i], self._documents[i] = _NONE, 0, None
+        table['step'][i] += 1
+        return row
+
+    def _current(self, i: int) -> tuple[np.ndarray, int]:
+        """The document in which lane i stands, and its number; the next one if the lane stands between two."""
+        if self._table['source'][i] == _NONE:
+            self._table['source'][i] = self._next_source(i)
+            self._documents[i] = self._draw(i)
+        elif self._documents[i] is None:  # after a restore
+            self._documents[i] = self._take(i)
+        document = self._documents[i]
+        assert document is not None, 'a document that was read before is gone'
+        return document
+
+    def _next_source(self, i: int) -> int:
+        step = self._table['step'][i]
+        weights = next(weights for first, weights in reversed(self._stages) if first <= step)
+        emitted = self._table['emitted'][i] + np.asarray(self._debts[i])
+        return most_behind(emitted.tolist(), weights)
+
+    def _draw(self, i: int) -> tuple[np.ndarray, int]:
+        """The next usable document of the lane's source."""
+        source = int(self._table['source'][i])
+        for _ in range(_IN_VAIN):
+            self._table['drawn'][i, source] += 1
+            document = self._take(i)
+            if document is not None:
+                return document
+        raise ConfigError(
+            f'{_IN_VAIN} documents in a row of source {self._names[source]!r} are bad or longer than the context of '
+            f"{self._seq_len}; mend the source or use overlong='split'"
+        )
+
+    def _take(self, i: int) -> tuple[np.ndarray, int] | None:
+        """The document that lane i drew last, as `overlong` wants it, and its number; None if it is unusable."""
+        source, lane = int(self._table['source'][i]), int(self._table['lane'][i])
+        stream = self._streams[source]
+        number = stream.number((int(self._table['drawn'][i, source]) - 1) * self._global_batch + lane)
+        ids = stream.ids(number)
+        if ids is None or len(ids) - 1 <= self._seq_len or self._overlong == 'split':
+            return None if ids is None else (ids, number)
+        if self._overlong == 'truncate':
+            return ids[: self._seq_len + 1], number
+        if self._overlong == 'drop':
+            return None
+        raise ConfigError(
+            f'{stream.name(number)} is {len(ids) - 1} positions long, more than the context of {self._seq_len}; '
+            "use overlong='split', 'truncate' or 'drop', or a longer seq_len"
+        )

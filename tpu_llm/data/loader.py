@@ -1,0 +1,153 @@
+"""What a run reads, and the loader that hands it out as batches.
+
+A loader owns some lanes. It yields `(batch, table)`, where the table is the state of its lanes after that batch, and
+goes on from any such table. Reading, tokenizing and packing run in a thread (`workers=0`) or in that many processes; neither
+the number of workers nor that of hosts changes a byte.
+"""
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from tpu_llm.arrays import Batch
+from tpu_llm.config import ConfigError, machine
+from tpu_llm.data import cache, lanes, pipeline
+from tpu_llm.data.documents import Documents
+from tpu_llm.data.lanes import Overlong, Table
+from tpu_llm.data.mixture import Mixture, most_behind
+from tpu_llm.data.packing import Piece
+from tpu_llm.data.streams import Stream, shuffled
+from tpu_llm.data.tokenizer import Bytes, Ids, Pretrained, Tokenizer, TrainedBPE
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Data:
+    """What a run reads and how it is packed."""
+
+    mixture: Mixture
+    tokenizer: TrainedBPE | Pretrained | Bytes | Ids
+    global_batch: int  # rows of a batch over all hosts: the number of lanes
+    seq_len: int  # positions of a row
+    overlong: Overlong = 'split'  # what becomes of documents longer than a row
+    cache: str = machine(
+        ''
+    )  # folder for tokenized sources, in the workdir unless absolute; '' tokenizes on the fly
+    workers: int = machine(0)  # processes that read and tokenize; 0 is a thread of this one
+    prefetch: int = machine(2)  # batches made ahead
+
+    def validate(self) -> None:
+        for name in ('global_batch', 'seq_len', 'prefetch'):
+            if getattr(self, name) < 1:
+                raise ConfigError(f'{name} is {getattr(self, name)}; it is at least 1')
+        if self.workers < 0:
+            raise ConfigError(f'workers is {self.workers}; it is 0 for a thread, or a number of processes')
+
+
+def open_tokenizer(data: Data, workdir: epath.PathLike) -> Tokenizer:
+    """The tokenizer of a run; one that must be trained learns from the mixture's first stage, in its proportions."""
+    return data.tokenizer.make(_texts(data.mixture), workdir)
+
+
+def _texts(mixture: Mixture) -> Iterator[str]:
+    _, weights = mixture.stages()[0]
+    readers = [shuffled(source.open()) for source in mixture.sources.values()]
+    taken = [0] * len(readers)
+    while any(weights):
+        source = most_behind(taken, weights)
+        text = next((d.text for d in readers[source] if d.text), None)
+        if text is None:
+            weights[source] = 0.0  # all read
+        else:
+            taken[source] += len(text)
+            yield text
+
+
+def open_documents(data: Data, tokenizer: Tokenizer, workdir: epath.PathLike) -> list[Documents]:
+    """The mixture's sources in order, through the cache if there is one. Raises ConfigError on an empty source."""
+    opened = {name: source.open() for name, source in data.mixture.sources.items()}
+    for name, docs in opened.items():
+        if not len(docs):
+            raise ConfigError(f'source {name!r} holds no document; check its paths')
+    if not data.cache:
+        return list(opened.values())
+    folder = epath.Path(workdir) / data.cache
+    if '://' in str(folder):  # the cache is read by mapping it into memory
+        folder = Path(tempfile.gettempdir()) / 'tpu_llm-cache'
+    return [cache.cached(docs, tokenizer, folder) for docs in opened.values()]
+
+
+def make_walk(
+    data: Data, docs: Sequence[Documents], tokenizer: Tokenizer, seed: int, table: Table
+) -> lanes.Walk:
+    streams = [Stream(name, d, tokenizer, seed) for name, d in zip(data.mixture.sources, docs, strict=True)]
+    return lanes.Walk(
+        data.mixture,
+        streams,
+        table,
+        seed=seed,
+        global_batch=data.global_batch,
+        seq_len=data.seq_len,
+        overlong=data.overlong,
+    )
+
+
+class Loader:
+    """Endless iterator over `(batch, table)`; a batch holds one row for each owned lane, in the order of the lanes.
+
+    Arrays are NumPy, `[lanes, T]`: weights float32, all others int32. Training rows are full, so every weight is 1.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        docs: Sequence[Documents],
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        owned: Iterable[int] | None = None,
+    ):
+        self._data, self._docs, self._pad = data, docs, tokenizer.pad
+        self._owned = list(range(data.global_batch)) if owned is None else sorted(map(int, owned))
+        self._table = lanes.initial(self._owned, len(docs))
+        self._walk = functools.partial(make_walk, data, docs, tokenizer, seed)
+        self._ahead: pipeline.Closing | None = None
+
+    def restore(self, table: Table) -> None:
+        """Goes on after the step at which the table was taken; it may hold lanes of other hosts as well."""
+        self.close()
+        self._table = lanes.select(table, self._owned)
+
+    def __iter__(self) -> 'Loader':
+        return self
+
+    def __next__(self) -> tuple[Batch, Table]:
+        if self._ahead is None:
+            rows = pipeline.Rows(self._walk, self._table, seq_len=self._data.seq_len, pad=self._pad)
+            workers = min(self._data.workers, len(self._owned))
+            self._ahead = pipeline.read_ahead(rows, workers=workers, prefetch=self._data.prefetch)
+        arrays = next(self._ahead)
+        self._table = arrays.pop('state')
+        return Batch(weights=np.ones(arrays['tokens'].shape, np.float32), **arrays), self._table
+
+    def describe(self, step: int) -> list[list[Piece]]:
+        """The pieces of which each owned lane's row of a step is made; walks there from where the loader stands."""
+        walk = self._walk(self._table)
+        ahead = step - int(self._table['step'][0])
+        if ahead < 0:
+            raise ConfigError(
+                f'step {step} lies {-ahead} steps behind the loader; start from an earlier table'
+            )
+        for _ in range(ahead):
+            walk.step()
+        return walk.step()
+
+    def close(self) -> None:
+        """Stops the thread or the workers; the next batch would start them again."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None

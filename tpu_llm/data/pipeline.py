@@ -1,0 +1,104 @@
+"""The lanes as a Grain dataset: read ahead by a thread, or divided among worker processes.
+
+An element is one row of each lane that this reader walks, with the lanes' state after it. The state travels with
+the rows, so it is right however far the readers run ahead.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from tpu_llm.data import lanes, packing
+
+# Arrays below this size go through a pipe; shared memory costs more than it saves.
+_SHARED = 1 << 20
+
+
+class Rows(grain.IterDataset):
+    """Endless; `make(table)` opens the sources and returns the walk of the table's lanes."""
+
+    def __init__(
+        self, make: Callable[[lanes.Table], lanes.Walk], table: lanes.Table, *, seq_len: int, pad: int
+    ):
+        super().__init__()
+        self.make, self.table, self.seq_len, self.pad = make, table, seq_len, pad
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        """Grain's call to divide a dataset among workers: worker i of n walks lanes i, i + n, …"""
+        assert not sequential_slice
+        self.table = {key: column[sl] for key, column in self.table.items()}
+
+    def __iter__(self) -> '_RowsIterator':
+        return _RowsIterator(self)
+
+
+class _RowsIterator(grain.DatasetIterator):
+    def __init__(self, rows: Rows):
+        super().__init__()
+        self._rows = rows
+        self._walk: lanes.Walk | None = None
+        self._table = rows.table
+
+    def __next__(self) -> dict[str, Any]:
+        if self._walk is None:
+            self._walk = self._rows.make(self._table)
+        packed = self._walk.step()
+        batch = packing.fill(packed, len(packed), self._rows.seq_len, self._rows.pad)
+        return {
+            'tokens': batch.tokens,
+            'targets': batch.targets,
+            'segments': batch.segments,
+            'positions': batch.positions,
+            'state': self._walk.state(),
+        }
+
+    def get_state(self) -> lanes.Table:
+        return self._walk.state() if self._walk else self._table
+
+    def set_state(self, state: lanes.Table) -> None:
+        self._table, self._walk = state, None
+
+
+class Closing(Protocol):
+    """An iterator that holds a thread or processes until it is closed."""
+
+    def __next__(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+def read_ahead(rows: Rows, *, workers: int, prefetch: int) -> Closing:
+    """Elements with all the lanes in each, `prefetch` of them made ahead by a thread or by each worker."""
+    if workers == 0:
+        return grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=prefetch).__iter__()
+    if not flags.FLAGS.is_parsed():  # Grain's workers read flags; outside absl's main nobody parsed them
+        flags.FLAGS.mark_as_parsed()
+    options = grain.experimental.DatasetOptions(min_shm_size=_SHARED)
+    dataset = grain.experimental.WithOptionsIterDataset(rows, options)
+    multi = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+    return _Joined(dataset.mp_prefetch(multi).__iter__(), workers)
+
+
+class _Joined:
+    """Joins what the workers make of one step: lane i + k * n is row k of worker i."""
+
+    def __init__(self, parts: grain.DatasetIterator, workers: int):
+        self._parts, self._workers = parts, workers
+
+    def __next__(self) -> dict[str, Any]:
+        parts = [next(self._parts) for _ in range(self._workers)]
+        joined = {key: _interleave([part[key] for part in parts]) for key in parts[0] if key != 'state'}
+        return joined | {'state': lanes.merge([part['state'] for part in parts])}
+
+    def close(self) -> None:
+        self._parts.close()
+
+
+def _interleave(parts: list[np.ndarray]) -> np.ndarray:
+    joined = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    for i, part in enumerate(parts):
+        joined[i :: len(parts)] = part
+    return joined

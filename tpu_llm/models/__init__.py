@@ -1,0 +1,1 @@
+"""Whole models, composed from nn by their configs."""

@@ -1,0 +1,31 @@
+"""A model without its weights, for the pure functions that train and run it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from tpu_llm.arrays import Array
+from tpu_llm.nn.param import named_params, padding_size
+
+
+class ModelGraph:
+    """`bind(weights)` gives the model back with weights by path, also while a function of them is traced."""
+
+    def __init__(self, model: nnx.Module):
+        self.graph, state = nnx.split(model)
+        self.leaves = dict(named_params(model))
+        self.paths = [path for path, _ in nnx.to_flat_state(state)]
+        assert len(self.paths) == len(self.leaves), 'a model holds parameters only'
+
+    def bind(self, weights: Mapping[str, Array]) -> Any:
+        leaves = [leaf.replace(weights[name]) for name, leaf in self.leaves.items()]
+        return nnx.merge(self.graph, nnx.from_flat_state(list(zip(self.paths, leaves, strict=True))))
+
+    def count(self) -> int:
+        """How many numbers the model learns, vocabulary padding not counted."""
+        return sum(leaf.size - padding_size(leaf) for leaf in self.leaves.values())
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in self.leaves.items()}

@@ -1,0 +1,1 @@
+"""The parts a model is made of: small NNX modules whose parameters are declared by their dims."""

@@ -1,0 +1,111 @@
+"""Parameters are declared first and drawn later.
+
+A module's constructor only says what it needs: shape, dims and how to draw it (`param`). The model it builds is
+abstract, so a 405B model costs nothing to make and look at. `initialise` then draws every parameter in one
+compiled call, each straight onto its own shards. The key of a parameter comes from its path and its layer's
+index, never from the order of construction, so equal seeds give bitwise-equal weights on every mesh, scanned or
+not.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tpu_llm.arrays import Array, Float, Key
+from tpu_llm.parallel.sharding import Layout
+
+Init = Callable[[Key[Array, ''], tuple[int, ...]], Float[Array, '...']]
+M = TypeVar('M', bound=nnx.Module)
+
+GROUPS = ('prefix', 'period', 'suffix')  # of nn/stack.py: they order a model's layers but do not name its weights
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Normal:
+    """A normal distribution cut at two standard deviations, with standard deviation `std` after the cut."""
+
+    std: float
+
+    def __call__(self, key: Key[Array, ''], shape: tuple[int, ...]) -> Float[Array, '...']:
+        # 0.8796 is the standard deviation of a unit normal cut at two.
+        return jax.random.truncated_normal(key, -2.0, 2.0, shape) * (self.std / 0.87962566)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Constant:
+    value: float
+
+    def __call__(self, key: Key[Array, ''], shape: tuple[int, ...]) -> Float[Array, '...']:
+        return jnp.full(shape, self.value, jnp.float32)
+
+
+def param(dims: str, shape: tuple[int, ...], init: Init, *, summed: str = '', padding: int = 0) -> nnx.Param:
+    """A declared float32 parameter.
+
+    `summed` names the dims a linear map sums over (Muon asks). The last `padding` entries of the V dim are not
+    real: drawn as zeros.
+    """
+    assert len(dims) == len(shape)
+    value = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return nnx.Param(value, dims=dims, init=init, summed=summed, padding=padding, layers=())
+
+
+def named_params(model: nnx.Module) -> Iterator[tuple[str, nnx.Param]]:
+    """`('stack.period.0.attention.query.kernel', Param)` for every parameter."""
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        yield '.'.join(map(str, path)), leaf
+
+
+def padding_size(leaf: nnx.Param) -> int:
+    """How many of a parameter's numbers only pad the vocabulary."""
+    dims, padding = leaf.get_metadata('dims'), leaf.get_metadata('padding')
+    return leaf.size // leaf.shape[dims.index('V')] * padding if padding else 0
+
+
+def count_parameters(model: nnx.Module) -> int:
+    """How many numbers the model learns, vocabulary padding not counted."""
+    return sum(leaf.size - padding_size(leaf) for _, leaf in named_params(model))
+
+
+def initialise(model: M, seed: int, layout: Layout | None = None) -> M:
+    """Draws every declared parameter of `model`, in place; with a layout, onto its shards. Returns the model."""
+    state = nnx.state(model, nnx.Param)
+    leaves = list(named_params(model))
+
+    def draw_all(key: Key[Array, '']) -> list[Array]:
+        return [_draw(key, path, leaf) for path, leaf in leaves]
+
+    shardings = [param_sharding(layout, path, leaf) for path, leaf in leaves] if layout else None
+    drawn = jax.jit(draw_all, out_shardings=shardings)(jax.random.key(seed))
+    flat = [(path, leaf.replace(value)) for (path, leaf), value in zip(nnx.to_flat_state(state), drawn, strict=True)]
+    nnx.update(model, nnx.from_flat_state(flat))
+    return model
+
+
+def param_sharding(layout: Layout, path: str, leaf: nnx.Param) -> jax.sharding.NamedSharding:
+    return layout.named(layout.rules.params, leaf.get_metadata('dims'), leaf.shape, path)
+
+
+def _draw(key: Key[Array, ''], path: str, leaf: nnx.Param) -> Float[Array, '...']:
+    meta = leaf.get_metadata()
+    init, layers, padding = meta['init'], meta['layers'], meta['padding']
+    name = '.'.join(part for part in path.split('.') if part not in GROUPS and not part.isdigit()) if layers else path
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    stacked = meta['dims'].startswith('L')
+    shape = leaf.shape[1:] if stacked else leaf.shape
+    dims = meta['dims'][1:] if stacked else meta['dims']
+
+    def draw(key: Key[Array, '']) -> Float[Array, '...']:
+        if not padding:
+            return init(key, shape)
+        real = tuple(size - padding * (letter == 'V') for letter, size in zip(dims, shape, strict=True))
+        return jnp.pad(init(key, real), [(0, size - n) for size, n in zip(shape, real, strict=True)])
+
+    if stacked:
+        return jax.vmap(lambda layer: draw(jax.random.fold_in(key, layer)))(jnp.asarray(layers))
+    return draw(jax.random.fold_in(key, layers[0]) if layers else key)

@@ -1,0 +1,1 @@
+"""What a step minimises: each objective is one dataclass with one method."""

@@ -1,0 +1,51 @@
+"""Learning-rate schedules: warm up, hold or decay, arrive."""
+
+import dataclasses
+from typing import Literal
+
+import optax
+
+from tpu_llm.config import ConfigError, schedule
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Schedule:
+    """Linear warm-up over `warmup` steps to `peak`, then `decay` down to `peak * final` at the last step.
+
+    cosine: half a cosine (Loshchilov and Hutter, 2016); linear: a line; wsd: flat, then a line over the last
+    `cooldown` share of the steps (warm-up, stable, decay: Hu et al., 2024, arXiv 2404.06395); constant: flat.
+    """
+
+    peak: float
+    warmup: int = schedule(0)
+    decay: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'
+    final: float = 0.1
+    cooldown: float = 0.2
+
+    def validate(self) -> None:
+        if self.peak < 0 or self.warmup < 0:
+            raise ConfigError(f'peak = {self.peak} and warmup = {self.warmup} must not be negative')
+        if not 0.0 <= self.final <= 1.0 or not 0.0 < self.cooldown <= 1.0:
+            raise ConfigError(f'final = {self.final} and cooldown = {self.cooldown} are shares from 0 to 1')
+
+    def make(self, steps: int) -> optax.Schedule:
+        """step → learning rate. Raises ConfigError where the warm-up leaves no steps to train."""
+        if self.warmup >= steps and self.warmup > 0:
+            raise ConfigError(
+                f'schedule: warmup = {self.warmup} does not end within the {steps} steps; lower one or raise the other'
+            )
+        after = steps - self.warmup
+        if self.decay == 'cosine':
+            tail = optax.cosine_decay_schedule(self.peak, after, alpha=self.final)
+        elif self.decay == 'linear':
+            tail = optax.linear_schedule(self.peak, self.peak * self.final, after)
+        elif self.decay == 'wsd':
+            falling = max(1, round(steps * self.cooldown))
+            tail = optax.linear_schedule(self.peak, self.peak * self.final, falling, max(0, after - falling))
+        else:
+            tail = optax.constant_schedule(self.peak)
+        if not self.warmup:
+            return tail
+        # The first step already moves: with warm-up 10 it takes peak / 10.
+        rising = optax.linear_schedule(self.peak / self.warmup, self.peak, self.warmup - 1)
+        return optax.join_schedules([rising, tail], [self.warmup])

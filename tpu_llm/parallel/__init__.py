@@ -1,0 +1,1 @@
+"""Where tensors live: the mesh, the rule tables, and the hosts that share it."""

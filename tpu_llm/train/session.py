@@ -1,0 +1,74 @@
+"""Everything a run holds while it trains, made once from its config: the surroundings of the loop."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import optax
+from etils import epath
+
+from tpu_llm.arrays import Array
+from tpu_llm.checkpoint.fence import Fence
+from tpu_llm.data.documents import Documents
+from tpu_llm.data.tokenizer import Tokenizer
+from tpu_llm.models.graph import ModelGraph
+from tpu_llm.parallel.sharding import Layout
+from tpu_llm.train.ledger import Ledger, Phase
+from tpu_llm.train.metrics import Writers
+from tpu_llm.train.progress import Reporter
+
+if TYPE_CHECKING:
+    from tpu_llm.train.run import Run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """What hooks may use. `steps` is the run's length; `documents` are the training sources, opened."""
+
+    run: 'Run'
+    workdir: epath.Path
+    fence: Fence
+    layout: Layout
+    graph: ModelGraph
+    tx: optax.GradientTransformation
+    tokenizer: Tokenizer
+    documents: list[Documents]
+    steps: int
+    ledger: Ledger
+    writers: Writers
+    reporter: Reporter
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that prints and writes shared files."""
+        return jax.process_index() == 0
+
+    @contextlib.contextmanager
+    def busy(self, phase: Phase, text: str) -> Iterator[None]:
+        """Charges the block to a phase of the ledger and says so to whoever watches."""
+        with self.ledger.phase(phase), self.reporter.status(text):
+            yield
+
+    def print(self, text: str) -> None:
+        self.reporter.print(text)
+
+
+class OpenHook(Protocol):
+    """A hook at work: gets the finished step and the weights to look at; returns metrics to log (often none)."""
+
+    def __call__(self, step: int, weights: dict[str, Array]) -> dict[str, float]: ...
+
+
+class Hook(Protocol):
+    """A config of something done every so many steps (0: never) and, with `last`, after the last step."""
+
+    every: int
+    last: bool
+
+    def open(self, session: Any) -> OpenHook: ...
+
+
+def due(hook: Hook, step: int, steps: int) -> bool:
+    return (hook.every > 0 and step % hook.every == 0) or (hook.last and step == steps)

@@ -1,0 +1,133 @@
+"""From a config to a session and a state: everything that happens before the first step."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding
+
+from tpu_llm.arrays import Batch
+from tpu_llm.checkpoint import fence, resume
+from tpu_llm.config import ConfigError
+from tpu_llm.data.length import run_steps
+from tpu_llm.data.loader import Data, Loader, open_documents, open_tokenizer
+from tpu_llm.data.tokenizer import Tokenizer
+from tpu_llm.models.decoder import DecoderConfig
+from tpu_llm.models.graph import ModelGraph
+from tpu_llm.optim.optimizer import ParamInfo
+from tpu_llm.parallel import hosts
+from tpu_llm.parallel.rules import BATCH, PRESETS
+from tpu_llm.parallel.sharding import Layout
+from tpu_llm.train.ledger import Ledger
+from tpu_llm.train.metrics import JsonLines, TensorBoard, Writers
+from tpu_llm.train.progress import progress
+from tpu_llm.train.run import Run
+from tpu_llm.train.session import Session
+from tpu_llm.train.state import TrainState, abstract_state, create_state
+
+
+def make_layout(run: Run) -> Layout:
+    """The mesh and rules of a run. Raises ConfigError where the batch does not divide over the mesh."""
+    layout = Layout(run.mesh.make(), PRESETS[run.rules])
+    parts = math.prod(layout.mesh.shape[axis] for axis in BATCH)
+    rows = run.data.global_batch // run.accumulate
+    if rows % parts:
+        raise ConfigError(
+            f'data.global_batch / accumulate = {rows} rows are not divisible by {" x ".join(BATCH)} = {parts}; '
+            f'make the batch a multiple of {parts * run.accumulate}'
+        )
+    return layout
+
+
+def make_graph(model: DecoderConfig, layout: Layout) -> ModelGraph:
+    """The model on that mesh: its vocabulary padded so that every tensor shard holds whole lanes of 128."""
+    return ModelGraph(model.make(vocab_multiple=128 * layout.mesh.shape['tensor']))
+
+
+def param_infos(graph: ModelGraph) -> dict[str, ParamInfo]:
+    metas = {name: leaf.get_metadata() for name, leaf in graph.leaves.items()}
+    return {name: ParamInfo(dims=meta['dims'], summed=meta['summed']) for name, meta in metas.items()}
+
+
+def open_session(run: Run, workdir: epath.Path, ledger: Ledger, token: fence.Fence) -> Session:
+    tokenizer = open_tokenizer(run.data, workdir)
+    check_vocabulary(run.model, tokenizer)
+    documents = open_documents(run.data, tokenizer, workdir)
+    steps = run_steps(run.data, documents, steps=run.steps, tokens=run.tokens, epochs=run.epochs)
+    layout = make_layout(run)
+    graph = make_graph(run.model, layout)
+    main = jax.process_index() == 0
+    files = (JsonLines(workdir / 'metrics.jsonl'), TensorBoard(workdir / 'tensorboard'))
+    return Session(
+        run=run,
+        workdir=workdir,
+        fence=token,
+        layout=layout,
+        graph=graph,
+        tx=run.optimizer.make(param_infos(graph), steps),
+        tokenizer=tokenizer,
+        documents=documents,
+        steps=steps,
+        ledger=ledger,
+        writers=Writers(*(files if main else ())),
+        reporter=progress(steps, shown=main),
+    )
+
+
+def check_vocabulary(model: DecoderConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f'the tokenizer has ids up to {tokenizer.vocab_size - 1} but model.vocab_size is {model.vocab_size}; '
+            f'set it to at least {tokenizer.vocab_size}'
+        )
+
+
+def restore_or_create(session: Session) -> tuple[TrainState, resume.Resumed]:
+    """The state to start from, in the order of `checkpoint.resume`: this run, parent, weights, scratch."""
+    run, graph, tx, layout = session.run, session.graph, session.tx, session.layout
+    like = abstract_state(graph, tx, layout, ema=run.ema > 0)
+    tokenizer = session.tokenizer.fingerprint
+    resumed = resume.resume(session.workdir, as_tree(like), run.origin, config=run, tokenizer=tokenizer)
+    if resumed.kind in ('run', 'parent'):
+        return from_tree(like, resumed.arrays), resumed
+    model = graph.bind({name: leaf.get_value() for name, leaf in graph.leaves.items()})
+    state = create_state(model, graph, tx, layout, seed=run.seed, ema=run.ema > 0)
+    if resumed.kind == 'weights':
+        state = dataclasses.replace(state, params=resumed.arrays['params'])
+        if run.ema:
+            state = dataclasses.replace(state, ema=jax.tree.map(lambda x: x.copy(), state.params))
+    return state, resumed
+
+
+def as_tree(state: TrainState) -> dict[str, dict[str, jax.Array]]:
+    """The state as a checkpoint stores it: parameters by path, and all other leaves by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(dataclasses.replace(state, params={}))
+    rest = {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}
+    return {'params': state.params, 'rest': rest}
+
+
+def from_tree(like: TrainState, tree: dict[str, dict[str, jax.Array]]) -> TrainState:
+    """The inverse of `as_tree`, in the structure of `like`."""
+    empty = dataclasses.replace(like, params={})
+    leaves = [tree['rest'][name] for name in as_tree(like)['rest']]
+    rest = jax.tree.unflatten(jax.tree.structure(empty), leaves)
+    return dataclasses.replace(rest, params=tree['params'])
+
+
+class Feed:
+    """Batches of a run as global arrays, each host reading only the rows its devices hold."""
+
+    def __init__(self, data: Data, session: Session, *, seed: int):
+        layout, shape = session.layout, (data.global_batch, data.seq_len)
+        self.sharding: NamedSharding = layout.named(layout.rules.activations, 'BT', shape, 'the batch')
+        self.rows = hosts.local_rows(self.sharding, data.global_batch)
+        self.total = data.global_batch
+        self.loader = Loader(data, session.documents, session.tokenizer, seed=seed, owned=self.rows)
+
+    def place(self, batch: Batch) -> Batch:
+        """This host's rows → the global batch on the devices."""
+        return jax.tree.map(
+            lambda x: hosts.assemble(np.asarray(x), self.rows, self.total, self.sharding), batch
+        )
