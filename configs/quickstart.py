@@ -1,7 +1,7 @@
 """The whole job in a few minutes on a laptop: corpus, tokenizer, training, evaluation, samples, report.
 
-    python launch/run.py --config=configs/quickstart.py          # under 4 minutes on 2 cores
-    python launch/run.py --config=configs/quickstart.py:smoke    # the same, tiny: under 20 s
+python launch/run.py --config=configs/quickstart.py          # under 4 minutes on 2 cores
+python launch/run.py --config=configs/quickstart.py:smoke    # the same, tiny: under 20 s
 """
 
 from tpu_llm.checkpoint.retention import Checkpoints
@@ -60,7 +60,14 @@ def get_config(arg: str | None = None) -> Run:
     )
 
     if arg.smoke:
-        model.width, model.layers, model.heads, model.kv_heads, model.head_dim, model.mlp_width = 64, 2, 2, 2, 32, 128
+        model.width, model.layers, model.heads, model.kv_heads, model.head_dim, model.mlp_width = (
+            64,
+            2,
+            2,
+            2,
+            32,
+            128,
+        )
         run.steps = 20
         run.optimizer.schedule.warmup = 5
     return run

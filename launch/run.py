@@ -86,8 +86,8 @@ def _default_workdir(spec: str, config: Any) -> str:
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether the error says what the user did wrong, rather than what this program did."""
-    if isinstance(error, (configs.ConfigError, flags.Error, OSError)):
+    """Whether the error is for the user to mend or to know, rather than a fault of this program."""
+    if isinstance(error, (configs.ConfigError, configs.RunError, flags.Error, OSError)):
         return True
     raised = traceback.extract_tb(error.__traceback__)[-1]
     on_purpose = (raised.line or '').startswith('raise') and Path(raised.filename).is_relative_to(ROOT)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,12 +11,14 @@ import pytest
 from tpu_llm.config import (
     Change,
     ConfigError,
+    Periodic,
     choose,
     diff,
     digest,
     dump,
     flatten,
     leaf_marks,
+    load,
     machine,
     nearest,
     parse_arg,
@@ -297,3 +300,41 @@ def test_marked_fields_without_a_default_are_required():
     with pytest.raises(TypeError, match='workers'):
         Node()
     assert leaf_marks(Node(workers=2))['config.workers'] == 'machine'
+
+
+# --------------------------------------------------------------------------------------------- load, periodic
+
+
+def test_a_dumped_config_comes_back():
+    @config
+    class Holder:
+        hook: Periodic
+        many: tuple[Periodic, ...]
+        named: dict[str, Any]
+
+    holder = Holder(hook=Periodic(every=3), many=(Periodic(),), named={'a': Periodic(last=False), 'b': 1.5})
+    fields = {name: value for name, value in saved(holder).items() if name != 'type'}
+    assert Holder(**load(fields)) == holder
+
+
+@pytest.mark.parametrize(
+    ('kind', 'message'),
+    [
+        ('os.system', 'os.system is not a config of tpu_llm; it cannot be loaded'),
+        ('tpu_llm.config.nearest', 'cannot load the config tpu_llm.config.nearest: it is not a config'),
+        ('tpu_llm.config.Gone', "cannot load the config tpu_llm.config.Gone: module 'tpu_llm.config' has no"),
+        ('tpu_llm.gone.Gone', "cannot load the config tpu_llm.gone.Gone: No module named 'tpu_llm.gone'"),
+        ('tpu_llm.config.Periodic', "unexpected keyword argument 'name'"),
+    ],
+)
+def test_what_is_no_config_of_this_version_is_not_loaded(kind, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load({'type': kind, 'name': 'x'})
+
+
+@pytest.mark.parametrize(
+    ('every', 'last', 'steps'), [(0, True, [10]), (4, True, [4, 8, 10]), (5, False, [5, 10]), (0, False, [])]
+)
+def test_periodic(every, last, steps):
+    periodic = Periodic(every=every, last=last)
+    assert [step for step in range(1, 11) if periodic.due(step, 10)] == steps

@@ -131,9 +131,7 @@ def _step(node: Any, part: Any, where: str, path: str) -> Any:
     if is_config(node):
         names = [field.name for field in dataclasses.fields(node)]
         if part not in names:
-            raise ConfigError(
-                f'{where} has no field {part!r}{nearest(part, names)}; it has {", ".join(names)}'
-            )
+            raise ConfigError(f'{where} has no field {part!r}{nearest(part, names)}; it has {", ".join(names)}')
         return getattr(node, part)
     try:
         return node[part]

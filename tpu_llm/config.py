@@ -16,6 +16,7 @@ A mark on a field that holds a config covers everything below it.
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import json
 import types
 import typing
@@ -29,6 +30,10 @@ _MISSING = dataclasses.MISSING
 
 class ConfigError(ValueError):
     """What the user wrote cannot run; the message is one line that names the field and the mend."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, though its config is sound; the message is one line that says why and what to do."""
 
 
 def machine(default: Any = _MISSING, *, factory: Any = _MISSING) -> Any:
@@ -45,6 +50,17 @@ def _field(mark: Mark, default: Any, factory: Any) -> Any:
     if factory is not _MISSING:
         return dataclasses.field(default_factory=factory, metadata={'mark': mark})
     return dataclasses.field(default=default, metadata={'mark': mark})
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Periodic:
+    """A config of something done every so many steps (0: never) and, with `last`, after the last one."""
+
+    every: int = schedule(0)
+    last: bool = schedule(True)
+
+    def due(self, step: int, steps: int) -> bool:
+        return (self.every > 0 and step % self.every == 0) or (self.last and step == steps)
 
 
 # ------------------------------------------------------------------------------------------------ the arg
@@ -159,9 +175,7 @@ def _matches(value: Any, hint: Any) -> bool:
             return all(_matches(item, args[0]) for item in value)
         return len(value) == len(args) and all(map(_matches, value, args))
     if origin is dict:
-        return isinstance(value, dict) and all(
-            _matches(k, args[0]) and _matches(v, args[1]) for k, v in value.items()
-        )
+        return isinstance(value, dict) and all(_matches(k, args[0]) and _matches(v, args[1]) for k, v in value.items())
     if origin is list:
         return isinstance(value, list) and all(_matches(item, args[0]) for item in value)
     if hint is float:
@@ -280,3 +294,31 @@ def _nearest_mark(path: str, marks: dict[str, Mark]) -> Mark:
     while path not in marks:
         path = path[: max(path.rfind('.'), path.rfind('['))]
     return marks[path]
+
+
+def load(dumped: dict[str, Any]) -> Any:
+    """The config that `dump` wrote down. Raises ConfigError where this version has no such type or field.
+
+    Only types of this package are made: a config file is data, and may come from anywhere.
+    """
+    return _load(dumped)
+
+
+def _load(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_load(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    fields = {name: _load(item) for name, item in value.items() if name != 'type'}
+    if 'type' not in value:
+        return fields
+    module, _, name = value['type'].rpartition('.')
+    if not module.startswith('tpu_llm.'):
+        raise ConfigError(f'{value["type"]} is not a config of tpu_llm; it cannot be loaded')
+    try:
+        kind = getattr(importlib.import_module(module), name)
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+            raise TypeError('it is not a config')
+        return kind(**fields)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(f'this version of tpu_llm cannot load the config {value["type"]}: {error}') from None

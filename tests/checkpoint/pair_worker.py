@@ -1,7 +1,8 @@
-"""One process of a run of one or two, each with two devices, that restores and then saves; prints what came of it.
+"""One process of a run of one or two: restores, then saves, and prints what came of it.
 
-Usage: pair_worker.py PORT PROCESSES INDEX JSON, the last of {'workdir', 'steps', 'blocked'}: at the blocked step the
-second process cannot write its lane table. The state at step k is `whole + k` in three shardings.
+Usage: pair_worker.py PORT PROCESSES INDEX JSON, the last of {'workdir', 'steps', 'blocked'}. At the blocked
+step the second process cannot write its lane table. Each process has two devices. The state at step k is
+`whole + k` in three shardings.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A run that does nothing but save, until it is killed. Prints the step it starts from and each one committed.
+"""A run that only saves, until it is killed; prints the step it starts from and each one committed.
 
 Usage: saver.py WORKDIR. Its state at step k is an array full of k, large enough that a save takes a while.
 """
@@ -19,9 +19,7 @@ SHAPE = (64, 4096)
 
 def like():
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return {
-        'params': {f'w{i}': jax.ShapeDtypeStruct(SHAPE, jnp.float32, sharding=sharding) for i in range(4)}
-    }
+    return {'params': {f'w{i}': jax.ShapeDtypeStruct(SHAPE, jnp.float32, sharding=sharding) for i in range(4)}}
 
 
 def main(workdir: str) -> None:

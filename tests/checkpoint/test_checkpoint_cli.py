@@ -116,9 +116,7 @@ def test_no_checkpoints_is_one_line(tmp_path, command):
     )
     assert done.returncode == 2
     assert done.stdout == ''
-    assert (
-        done.stderr == f'{tmp_path} holds no checkpoint; give a workdir, or one folder in its checkpoints/\n'
-    )
+    assert done.stderr == f'{tmp_path} holds no checkpoint; give a workdir, or one folder in its checkpoints/\n'
 
 
 def test_diff_with_nothing_finished(tmp_path, start, call):

@@ -8,15 +8,17 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 
 from tpu_llm.checkpoint import fence
 from tpu_llm.checkpoint.fence import Superseded
+from tpu_llm.config import ConfigError
 
 
 def test_each_start_has_a_higher_number(tmp_path):
     tokens = [fence.start(tmp_path).token for _ in range(3)]
     assert [fence.order(token)[0] for token in tokens] == [1, 2, 3]
-    assert sorted(fence.tokens(tmp_path)) == tokens
+    assert sorted(fence.tokens(epath.Path(tmp_path))) == tokens
     assert all(re.fullmatch(r'\d{4}-[0-9a-f]{6}', token) for token in tokens)
 
 
@@ -46,7 +48,7 @@ def test_the_older_run_is_told_who_took_over(tmp_path):
 def test_a_tie_has_one_winner(tmp_path):
     holder = json.dumps({'host': 'h', 'pid': 1, 'started': 'now'})
     (tmp_path / 'fence').mkdir()
-    runs = [fence.Fence(fence.epath.Path(tmp_path), token) for token in ('0001-aaa', '0001-bbb')]
+    runs = [fence.Fence(epath.Path(tmp_path), token) for token in ('0001-aaa', '0001-bbb')]
     for run in runs:
         (tmp_path / 'fence' / f'{run.token}.json').write_text(holder)
     runs[1].check()
@@ -98,6 +100,12 @@ def test_of_two_processes_started_at_once_one_survives(tmp_path):
         run.stdin.flush()
     outcomes = [run.communicate(timeout=60) for run in runs]
     survivors = [out.split()[1] for out, _ in outcomes if out.startswith('survived')]
-    assert survivors == [max(fence.tokens(tmp_path), key=fence.order)]
+    assert survivors == [max(fence.tokens(epath.Path(tmp_path)), key=fence.order)]
     (loser,) = [err for out, err in outcomes if not out]
     assert f'a newer run took over (start {survivors[0]}' in loser
+
+
+@pytest.mark.parametrize('name', ['run[1]', 'run*', 'run?'])
+def test_a_path_that_orbax_cannot_glob_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match='in its path, which Orbax cannot find again; rename it'):
+        fence.start(tmp_path / name)

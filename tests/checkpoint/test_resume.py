@@ -40,9 +40,7 @@ def choose(tmp_path, start):
 
     def chosen(config=None, tokenizer='abc', **origin):
         like = start(tmp_path / 'run').like()
-        return resume.resume(
-            tmp_path / 'run', like, Origin(**origin), config=config or Config(), tokenizer=tokenizer
-        )
+        return resume.resume(tmp_path / 'run', like, Origin(**origin), config=config or Config(), tokenizer=tokenizer)
 
     return chosen
 

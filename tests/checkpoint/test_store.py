@@ -1,5 +1,6 @@
 """Saving and restoring: bit for bit, in the background, with errors that come up once and in one line."""
 
+import asyncio
 import errno
 import json
 import pathlib
@@ -17,7 +18,7 @@ from tpu_llm.config import ConfigError
 
 
 def test_restores_what_was_saved_bit_for_bit(tmp_path, start):
-    run = start(tmp_path).save(1, 2, metrics={'bits_per_byte': jnp.float32(1.5)})
+    run = start(tmp_path).save(1, 2, metrics={'bits_per_byte': 1.5})
     restored = start(tmp_path).store.restore(run.like())
     assert restored.step == 2
     assert run.bits(restored.arrays) == run.bits(run.state(2))
@@ -74,6 +75,40 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, start):
     like = {'x': jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)}
     for step in run.store.steps():
         np.testing.assert_array_equal(run.store.restore(like, step).arrays['x'], 2.0 * step)
+
+
+def test_a_relative_workdir(tmp_path, start, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = start('runs/here').save(1)
+    assert run.store.restore(run.like()).step == 1
+    assert (tmp_path / 'runs' / 'here' / 'checkpoints').is_dir()
+
+
+def test_restores_onto_another_mesh(tmp_path, start):
+    whole = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+
+    def mesh_sharding(shape, *spec):
+        mesh = jax.make_mesh(shape, ('fsdp', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    run = start(tmp_path)
+    saved = {'w': jax.device_put(whole, mesh_sharding((4, 2), 'fsdp', 'tensor'))}
+    run.store.save(1, saved, lanes=run.lanes(1), manifest=run.MANIFEST, wait=True)
+    for sharding in (mesh_sharding((2, 4), 'tensor', 'fsdp'), mesh_sharding((8, 1), 'fsdp'), mesh_sharding((1, 8))):
+        restored = run.store.restore({'w': jax.ShapeDtypeStruct((8, 16), np.float32, sharding=sharding)})
+        assert restored.arrays['w'].sharding == sharding
+        np.testing.assert_array_equal(restored.arrays['w'], whole)
+
+
+def test_saves_where_an_event_loop_runs(tmp_path, start):
+    """As in a notebook."""
+    run = start(tmp_path)
+
+    async def cell() -> None:
+        run.save(1)
+        assert run.store.restore(run.like()).step == 1
+
+    asyncio.run(cell())
 
 
 def test_lane_table_comes_back_in_lane_order(tmp_path, start):
@@ -160,9 +195,7 @@ def test_read_only_workdir(small_disk, start):
     subprocess.run(['mount', '-o', 'remount,ro', small_disk], check=True)
     with pytest.raises(CheckpointError) as error:
         start(small_disk / 'run')
-    assert str(error.value) == (
-        f'{small_disk}/run cannot be written (Read-only file system); give another --workdir'
-    )
+    assert str(error.value) == (f'{small_disk}/run cannot be written (Read-only file system); give another --workdir')
     with pytest.raises(CheckpointError, match='step 2 was not saved: Read-only file system'):
         run.save(2)
     assert run.store.restore(run.like()).step == 1

@@ -1,12 +1,14 @@
-"""A real GCS API server on loopback, and a real proxy in front of it that can answer 503."""
+"""A real GCS API server on loopback, and a real proxy in front of it that can refuse."""
 
 import contextlib
 import http.client
 import http.server
 import importlib.util
+import json
 import os
 import pathlib
 import platform
+import re
 import socket
 import subprocess
 import threading
@@ -15,6 +17,9 @@ import urllib.error
 import urllib.request
 
 import pytest
+
+# gcsfs reads it when it is imported; else it asks a second service, which is not there, about each bucket.
+os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'
 
 
 def _free_port() -> int:
@@ -33,7 +38,7 @@ def _server_binary() -> pathlib.Path:
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on to the server, unless told to answer 503."""
+    """Passes requests on to the server, unless told to fail."""
 
     daemon_threads = True
     request_queue_size = 100
@@ -42,7 +47,8 @@ class Proxy(http.server.ThreadingHTTPServer):
         super().__init__(('127.0.0.1', 0), _Handler)
         self.upstream_port = upstream_port
         self.root = root
-        self.unavailable_until = 0.0
+        self.failing_until = 0.0
+        self.status = 503
         self.refused = 0
 
     @property
@@ -52,10 +58,10 @@ class Proxy(http.server.ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hangs up is no news, nor is the server before it is up."""
 
-    def fail_for(self, seconds: float) -> None:
-        """Answers 503 to everything from now on for a while."""
-        self.refused = 0
-        self.unavailable_until = time.monotonic() + seconds
+    def fail_for(self, seconds: float, status: int = 503) -> None:
+        """Answers nothing else to everything from now on for a while."""
+        self.refused, self.status = 0, status
+        self.failing_until = time.monotonic() + seconds
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -65,9 +71,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _forward(self) -> None:
         body = self._body()
-        if time.monotonic() < self.server.unavailable_until:
+        if time.monotonic() < self.server.failing_until:
             self.server.refused += 1
-            status, headers, answer = 503, [], b'{"error": {"code": 503, "message": "Service Unavailable"}}'
+            status, headers = self.server.status, []
+            answer = json.dumps({'error': {'code': status, 'message': http.HTTPStatus(status).phrase}}).encode()
         else:
             upstream = http.client.HTTPConnection('127.0.0.1', self.server.upstream_port)
             with contextlib.closing(upstream):
@@ -116,7 +123,6 @@ def gcs(tmp_path_factory: pytest.TempPathFactory):
         'STORAGE_EMULATOR_HOST': proxy.url,
         'TENSORSTORE_GCS_HTTP_URL': proxy.url,
         'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'x',
-        'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',  # asks a service that is not there about buckets
     }
     before = {name: os.environ.get(name) for name in variables}
     os.environ |= variables
@@ -147,4 +153,5 @@ def _wait_for(url: str) -> None:
 @pytest.fixture
 def bucket(gcs: Proxy, request: pytest.FixtureRequest) -> str:
     """A gs:// folder of its own for each test."""
-    return f'gs://bucket/{request.node.name}'
+    name = re.sub(r'\W', '-', request.node.name)
+    return f'gs://bucket/{name}'

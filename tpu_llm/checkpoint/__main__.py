@@ -90,9 +90,7 @@ def existing(path: str) -> list[epath.Path]:
     """The checkpoint folders at a path, newest first. Raises CheckpointError where there are none."""
     found = [folder for folder in reader.folders(path) if files.listing(folder)]
     if not found:
-        raise CheckpointError(
-            f'{path} holds no checkpoint; give a workdir, or one folder in its checkpoints/'
-        )
+        raise CheckpointError(f'{path} holds no checkpoint; give a workdir, or one folder in its checkpoints/')
     return found
 
 

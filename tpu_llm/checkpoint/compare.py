@@ -28,9 +28,7 @@ def tensor_differences(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
             found[name] = 'only in the second'
         elif first[name] != second[name]:
             found[name] = f'{tensors.show(first[name])} → {tensors.show(second[name])}'
-        elif how := _values_differ(
-            tensors.read_to_host(a.folder, name), tensors.read_to_host(b.folder, name)
-        ):
+        elif how := _values_differ(tensors.read_to_host(a.folder, name), tensors.read_to_host(b.folder, name)):
             found[name] = how
     return found
 

@@ -19,8 +19,10 @@ from etils import epath
 
 from tpu_llm.checkpoint import agree, files
 from tpu_llm.checkpoint.files import CheckpointError
+from tpu_llm.config import ConfigError
 
 _NAME = re.compile(r'(\d+-[0-9a-f]+)\.json')
+_WILD = re.compile(r'[*?[]')  # Orbax globs for what its processes wrote, below the path as it is
 
 
 class Superseded(CheckpointError):
@@ -50,6 +52,10 @@ def start(workdir: epath.PathLike) -> Fence:
     Raises CheckpointError where the workdir cannot be written, or is not the same folder for every process.
     """
     workdir = epath.Path(workdir)
+    if wild := _WILD.search(os.fspath(workdir)):
+        raise ConfigError(
+            f'the workdir {workdir} has a {wild[0]!r} in its path, which Orbax cannot find again; rename it'
+        )
     said = {'token': '', 'problem': ''}
     if jax.process_index() == 0:
         try:

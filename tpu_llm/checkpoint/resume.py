@@ -34,9 +34,7 @@ class Origin:
 
     def validate(self) -> None:
         if self.parent and self.weights:
-            raise ConfigError(
-                f'parent={self.parent!r} and weights={self.weights!r} exclude each other; give one'
-            )
+            raise ConfigError(f'parent={self.parent!r} and weights={self.weights!r} exclude each other; give one')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,9 +43,7 @@ class Resumed:
 
     kind: Literal['run', 'parent', 'weights', 'scratch']
     step: int = 0
-    arrays: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # the restored entries of `like`, or none
+    arrays: dict[str, Any] = dataclasses.field(default_factory=dict)  # the restored entries of `like`, or none
     lanes: Table | None = None  # the whole lane table; None: the data starts at its beginning
     folder: epath.Path | None = None
 
@@ -63,9 +59,7 @@ class Resumed:
         return 'starting at step 0 from scratch'
 
 
-def resume(
-    workdir: epath.PathLike, like: dict[str, Any], origin: Origin, *, config: Any, tokenizer: str
-) -> Resumed:
+def resume(workdir: epath.PathLike, like: dict[str, Any], origin: Origin, *, config: Any, tokenizer: str) -> Resumed:
     """Chooses and restores; all processes call it together.
 
     `like` is the whole state as ShapeDtypeStructs with shardings, its parameters under 'params'; `tokenizer`
@@ -93,15 +87,11 @@ def resume(
 def _find_given(field: str, path: str) -> Checkpoint:
     checkpoint = reader.find(path)
     if checkpoint is None:
-        raise ConfigError(
-            f'{field}={path!r} holds no finished checkpoint; give the workdir of a run that has one'
-        )
+        raise ConfigError(f'{field}={path!r} holds no finished checkpoint; give the workdir of a run that has one')
     return checkpoint
 
 
-def _load(
-    checkpoint: Checkpoint, like: dict[str, Any], tokenizer: str, part: bool = False
-) -> reader.Restored:
+def _load(checkpoint: Checkpoint, like: dict[str, Any], tokenizer: str, part: bool = False) -> reader.Restored:
     trained_with = checkpoint.manifest()['tokenizer']
     if trained_with != tokenizer:
         raise ConfigError(

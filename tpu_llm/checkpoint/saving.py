@@ -33,9 +33,7 @@ class Saving:
         self._error: Exception | None = None
         try:
             self._writes = tensors.begin_write(folder, arrays)
-        except (
-            Exception
-        ) as error:  # `finish` raises it, after the barriers at which the other processes wait.
+        except Exception as error:  # `finish` raises it, after the barriers at which the other processes wait.
             self._error = error
 
     def finish(self) -> None:

@@ -25,9 +25,7 @@ from tpu_llm.checkpoint.saving import Saving
 class Store:
     """The checkpoints that one start of a run writes. All processes call each method together."""
 
-    def __init__(
-        self, config: retention.Checkpoints, fence: Fence, attached: Mapping[str, bytes] | None = None
-    ):
+    def __init__(self, config: retention.Checkpoints, fence: Fence, attached: Mapping[str, bytes] | None = None):
         """`attached` files (the tokenizer's), by their path in the folder, go into every checkpoint."""
         self._config = config
         self._fence = fence

@@ -6,6 +6,7 @@ work.
 """
 
 import asyncio
+import concurrent.futures
 import functools
 import logging
 from typing import Any
@@ -14,7 +15,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.future import Future
 
 from tpu_llm.checkpoint import files
 from tpu_llm.config import ConfigError
@@ -37,18 +37,19 @@ def describe(tree: Any) -> Described:
     return {name: {'shape': list(x.shape), 'dtype': str(x.dtype)} for name, x in named(tree).items()}
 
 
-def begin_write(folder: epath.Path, tree: Any) -> list[Future]:
+def begin_write(folder: epath.Path, tree: Any) -> list[Any]:  # of futures
     """Copies the arrays to the host and starts writing; every process then waits for the futures.
 
     The arrays may be donated or overwritten as soon as it returns. Once every process has waited, one of them
     calls `finish_write`.
     """
     _quiet_orbax()
-    target = folder / FOLDER
+    target = _place(folder)
     if not files.is_cloud(target):
         target.mkdir(parents=True, exist_ok=True)
     writing = ocp.PyTreeCheckpointHandler().async_save(target, args=ocp.args.PyTreeSave(named(tree)))
-    return asyncio.run(writing) or []
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # A notebook's main thread has an event loop already.
+        return pool.submit(asyncio.run, writing).result() or []
 
 
 @functools.cache
@@ -58,8 +59,9 @@ def _quiet_orbax() -> None:
 
 
 def finish_write(folder: epath.Path) -> None:
-    """Joins what the processes wrote."""
-    ocp.PyTreeCheckpointHandler().finalize(folder / FOLDER)
+    """Joins what the processes wrote. Orbax only warns where it finds nothing to join."""
+    ocp.PyTreeCheckpointHandler().finalize(_place(folder))
+    assert files.exists(_place(folder) / 'manifest.ocdbt'), 'Orbax has not joined what the processes wrote'
 
 
 def read(folder: epath.Path, like: Any) -> Any:
@@ -76,9 +78,13 @@ def read_to_host(folder: epath.Path, name: str) -> np.ndarray:
 
 
 def _restore(folder: epath.Path, item: dict[str, Any], restore_args: dict[str, Any]) -> dict[str, Any]:
-    files.forget_listings(folder)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-    return ocp.PyTreeCheckpointHandler().restore(folder / FOLDER, args=args)
+    return ocp.PyTreeCheckpointHandler().restore(_place(folder), args=args)
+
+
+def _place(folder: epath.Path) -> epath.Path:
+    """Where Orbax reads and writes; it takes absolute paths only."""
+    return (folder if files.is_cloud(folder) else folder.resolve()) / FOLDER
 
 
 def check_fit(folder: epath.Path, saved: Described, wanted: Described, part: bool) -> None:

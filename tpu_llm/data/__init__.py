@@ -1,12 +1,12 @@
 """From text to batches: sources → tokenizer → mixture → lanes → packed rows.
 
-The one idea is the order (DESIGN: *data order*). Row j of every global batch is lane j. A lane is an endless walk
+The one idea is the order (docs/data.md). Row j of every global batch is lane j. A lane is an endless walk
 over documents that depends on the seed, the mixture and j alone, so hosts, workers and interruptions decide
 only who walks it and when:
 
-- `sources`, `stdlib`, `files`, `columns`, `tokens`: random access to documents, local or gs://
+- `sources` (`stdlib`, `files`, `columns`, `tokens`), `streams`: random access to documents, local or gs://
 - `tokenizer`: text to ids and back, byte for byte
-- `mixture`, `lanes`: which document a lane reads next, and the table from which every walk goes on
+- `mixture`, `shuffle`, `lanes`: which document a lane reads next, and the table from which every walk goes on
 - `packing`: documents into rows with segments and positions
 - `cache`: ids of a source on disk, an optimization that changes nothing
 - `loader`: batches for this host, read ahead by a thread or by worker processes, through Grain

@@ -101,7 +101,10 @@ class _ArrayRecord(FileDocuments):
 
         if documents.is_remote(file):
             raise ConfigError(f'{file}: ArrayRecord files are read locally; copy them or mount the bucket')
-        return ArrayRecordDataSource(str(file))
+        try:
+            return ArrayRecordDataSource(str(file))
+        except RuntimeError as error:
+            raise ConfigError(f'{file} is not an ArrayRecord file: {error}') from None
 
     def record(self, file: epath.Path, index: Any, i: int) -> Document:
         try:

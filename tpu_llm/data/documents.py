@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -83,6 +84,9 @@ class Head(Documents):
     def read(self, index: int) -> Document:
         return self.docs.read(index)
 
+    def __getitem__(self, index: int) -> Document | None:
+        return self.docs[index]
+
 
 class FileDocuments(Documents):
     """Documents of which a file holds many: a subclass indexes one file and reads one record of it.
@@ -161,18 +165,28 @@ def expand(paths: Sequence[str]) -> list[epath.Path]:
 
 
 def _expand(pattern: str) -> list[epath.Path]:
-    path = epath.Path(pattern).expanduser()
-    wild = next((i for i, part in enumerate(path.parts) if any(c in part for c in '*?[')), None)
-    if wild is None:
-        files = [path] if path.exists() else []
+    if is_remote(pattern):
+        fs, name = _remote(pattern)
+        names = [fs.unstrip_protocol(found) for found in fs.glob(name)]
     else:
-        root, rest = epath.Path(*path.parts[:wild]), '/'.join(path.parts[wild:])
-        files = sorted((p for p in root.glob(rest) if not p.is_dir()), key=str) if root.exists() else []
+        names = glob.glob(str(epath.Path(pattern).expanduser()), recursive=True)
+    found = [epath.Path(name) for name in sorted(names)]
+    files = [path for path in found if not path.is_dir()]
+    if found and not files:
+        raise ConfigError(f'{pattern!r} is a folder; name its files with a glob, such as {pattern}/*')
     if not files:
         raise ConfigError(f'no file matches {pattern!r}; check the path')
-    if files[0].is_dir():
-        raise ConfigError(f'{pattern!r} is a folder; name its files with a glob, such as {pattern}/*')
     return files
+
+
+def _remote(path: epath.PathLike) -> tuple[Any, str]:
+    """The file system of a remote path, and the path's name there."""
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(str(path))
+    except ImportError:
+        raise ConfigError(f"{path} needs gcsfs: pip install 'tpu_llm[gcs]'") from None
 
 
 def files_fingerprint(files: Iterable[epath.Path], *parts: Any) -> str:
@@ -184,9 +198,7 @@ def files_fingerprint(files: Iterable[epath.Path], *parts: Any) -> str:
 def read_range(path: epath.Path, start: int, stop: int) -> bytes:
     """Bytes `[start, stop)` of a file; one ranged request where the file is remote."""
     if is_remote(path):
-        import fsspec
-
-        fs, name = fsspec.core.url_to_fs(str(path))
+        fs, name = _remote(path)
         return fs.cat_file(name, start=start, end=stop)
     with path.open('rb') as file:
         file.seek(start)

@@ -86,10 +86,7 @@ class Walk:
         self._overlong = overlong
         phases = [stream.mean_length() if len(streams) > 1 else 0.0 for stream in streams]
         self._debts = [
-            [
-                uniform(seed, 'debt', int(lane), name) * phase
-                for name, phase in zip(self._names, phases, strict=True)
-            ]
+            [uniform(seed, 'debt', int(lane), name) * phase for name, phase in zip(self._names, phases, strict=True)]
             for lane in table['lane']
         ]
 

@@ -1,8 +1,8 @@
 """What a run reads, and the loader that hands it out as batches.
 
-A loader owns some lanes. It yields `(batch, table)`, where the table is the state of its lanes after that batch, and
-goes on from any such table. Reading, tokenizing and packing run in a thread (`workers=0`) or in that many processes; neither
-the number of workers nor that of hosts changes a byte.
+A loader owns some lanes. It yields `(batch, table)`, where the table is the state of its lanes after that batch,
+and goes on from any such table. Reading, tokenizing and packing run in a thread (`workers=0`) or in that many
+processes; neither the number of workers nor that of hosts changes a byte.
 """
 
 import dataclasses
@@ -34,9 +34,7 @@ class Data:
     global_batch: int  # rows of a batch over all hosts: the number of lanes
     seq_len: int  # positions of a row
     overlong: Overlong = 'split'  # what becomes of documents longer than a row
-    cache: str = machine(
-        ''
-    )  # folder for tokenized sources, in the workdir unless absolute; '' tokenizes on the fly
+    cache: str = machine('')  # folder for tokenized sources, in the workdir unless absolute; '' tokenizes on the fly
     workers: int = machine(0)  # processes that read and tokenize; 0 is a thread of this one
     prefetch: int = machine(2)  # batches made ahead
 
@@ -81,9 +79,8 @@ def open_documents(data: Data, tokenizer: Tokenizer, workdir: epath.PathLike) ->
     return [cache.cached(docs, tokenizer, folder) for docs in opened.values()]
 
 
-def make_walk(
-    data: Data, docs: Sequence[Documents], tokenizer: Tokenizer, seed: int, table: Table
-) -> lanes.Walk:
+def make_walk(data: Data, docs: Sequence[Documents], tokenizer: Tokenizer, seed: int, table: Table) -> lanes.Walk:
+    """The walk of a table's lanes."""
     streams = [Stream(name, d, tokenizer, seed) for name, d in zip(data.mixture.sources, docs, strict=True)]
     return lanes.Walk(
         data.mixture,
@@ -111,7 +108,7 @@ class Loader:
         seed: int,
         owned: Iterable[int] | None = None,
     ):
-        self._data, self._docs, self._pad = data, docs, tokenizer.pad
+        self._data, self._pad = data, tokenizer.pad
         self._owned = list(range(data.global_batch)) if owned is None else sorted(map(int, owned))
         self._table = lanes.initial(self._owned, len(docs))
         self._walk = functools.partial(make_walk, data, docs, tokenizer, seed)
@@ -135,14 +132,15 @@ class Loader:
         return Batch(weights=np.ones(arrays['tokens'].shape, np.float32), **arrays), self._table
 
     def describe(self, step: int) -> list[list[Piece]]:
-        """The pieces of which each owned lane's row of a step is made; walks there from where the loader stands."""
+        """The pieces of each owned lane's row in the batch of a step, counted from 1 as in `metrics.jsonl`.
+
+        Walks there from where the loader stands, which it leaves as it is. Raises ConfigError on a step behind it.
+        """
+        done = int(self._table['step'][0])
+        if step <= done:
+            raise ConfigError(f'step {step} is behind the loader, which stands after step {done}; steps count from 1')
         walk = self._walk(self._table)
-        ahead = step - int(self._table['step'][0])
-        if ahead < 0:
-            raise ConfigError(
-                f'step {step} lies {-ahead} steps behind the loader; start from an earlier table'
-            )
-        for _ in range(ahead):
+        for _ in range(step - done - 1):
             walk.step()
         return walk.step()
 

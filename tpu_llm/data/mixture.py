@@ -47,8 +47,7 @@ class Mixture:
         """(first step, weight of each source in the order of `sources`), by step; weights sum to one."""
         weights = self.weights or {0: dict.fromkeys(self.sources, 1.0)}
         return [
-            (step, _normalized([weights[step].get(name, 0.0) for name in self.sources]))
-            for step in sorted(weights)
+            (step, _normalized([weights[step].get(name, 0.0) for name in self.sources])) for step in sorted(weights)
         ]
 
 

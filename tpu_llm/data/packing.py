@@ -1,11 +1,11 @@
 """Documents into rows of T positions, with segments and positions.
 
-A document d1 … dn is n + 1 pairs of input and target: inputs `bos d1 … dn`, targets `d1 … dn eos`. With its marks it is the
-array `ids = [bos, d1, …, dn, eos]`, and pair i is `(ids[i], ids[i + 1])`. Each pair appears in exactly one row. A
-document that does not fit goes on in the next row, where it is a new segment whose positions start at 0 again:
+A document d1 … dn is n + 1 pairs of input and target: inputs `bos d1 … dn`, targets `d1 … dn eos`. With its marks
+it is the array `ids = [bos, d1, …, dn, eos]`, and pair i is `(ids[i], ids[i + 1])`. Each pair is in exactly one
+row. A document that does not fit goes on in the next row, as a new segment whose positions start at 0 again:
 
-    row 0   bos a1 a2 a3 | bos b1 b2        targets  a1 a2 a3 eos | b1 b2 b3     segments  1 1 1 1 2 2 2
-    row 1   b3 b4 | bos c1 c2 c3 c4         targets  b4 eos | c1 c2 c3 c4 eos    segments  1 1 2 2 2 2 2
+    row 0   bos a1 a2 a3 | bos b1 b2      targets  a1 a2 a3 eos | b1 b2 b3      segments  1 1 1 1 2 2 2
+    row 1   b3 b4 | bos c1 c2 c3 c4       targets  b4 eos | c1 c2 c3 c4 eos     segments  1 1 2 2 2 2 2
 """
 
 from collections.abc import Iterable, Iterator, Sequence

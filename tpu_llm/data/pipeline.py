@@ -4,8 +4,12 @@ An element is one row of each lane that this reader walks, with the lanes' state
 the rows, so it is right however far the readers run ahead.
 """
 
+import functools
+import pickle
+import tempfile
 from collections.abc import Callable
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -20,9 +24,7 @@ _SHARED = 1 << 20
 class Rows(grain.IterDataset):
     """Endless; `make(table)` opens the sources and returns the walk of the table's lanes."""
 
-    def __init__(
-        self, make: Callable[[lanes.Table], lanes.Walk], table: lanes.Table, *, seq_len: int, pad: int
-    ):
+    def __init__(self, make: Callable[[lanes.Table], lanes.Walk], table: lanes.Table, *, seq_len: int, pad: int):
         super().__init__()
         self.make, self.table, self.seq_len, self.pad = make, table, seq_len, pad
 
@@ -62,6 +64,7 @@ class _RowsIterator(grain.DatasetIterator):
         self._table, self._walk = state, None
 
 
+@runtime_checkable
 class Closing(Protocol):
     """An iterator that holds a thread or processes until it is closed."""
 
@@ -76,25 +79,37 @@ def read_ahead(rows: Rows, *, workers: int, prefetch: int) -> Closing:
         return grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=prefetch).__iter__()
     if not flags.FLAGS.is_parsed():  # Grain's workers read flags; outside absl's main nobody parsed them
         flags.FLAGS.mark_as_parsed()
+    # Workers get the sources in a file: Python hangs where a process dies before it has read what it was sent,
+    # if that is more than a pipe holds (64 KiB).
+    with tempfile.NamedTemporaryFile(prefix='tpu_llm-', delete=False) as file:
+        pickle.dump(rows.make, file)
+    sent = Rows(functools.partial(_make_from, file.name), rows.table, seq_len=rows.seq_len, pad=rows.pad)
     options = grain.experimental.DatasetOptions(min_shm_size=_SHARED)
-    dataset = grain.experimental.WithOptionsIterDataset(rows, options)
+    dataset = grain.experimental.WithOptionsIterDataset(sent, options)
     multi = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-    return _Joined(dataset.mp_prefetch(multi).__iter__(), workers)
+    return Joined(dataset.mp_prefetch(multi).__iter__(), workers, Path(file.name))
 
 
-class _Joined:
-    """Joins what the workers make of one step: lane i + k * n is row k of worker i."""
+def _make_from(file: str, table: lanes.Table) -> lanes.Walk:
+    with open(file, 'rb') as stream:
+        return pickle.load(stream)(table)
 
-    def __init__(self, parts: grain.DatasetIterator, workers: int):
-        self._parts, self._workers = parts, workers
+
+class Joined:
+    """Joins what the workers make of one step: row k of worker i is lane i + k * workers."""
+
+    def __init__(self, parts: grain.DatasetIterator, workers: int, file: Path):
+        self._parts, self._workers, self._file = parts, workers, file
 
     def __next__(self) -> dict[str, Any]:
         parts = [next(self._parts) for _ in range(self._workers)]
+        self._file.unlink(missing_ok=True)  # all workers have read it
         joined = {key: _interleave([part[key] for part in parts]) for key in parts[0] if key != 'state'}
         return joined | {'state': lanes.merge([part['state'] for part in parts])}
 
     def close(self) -> None:
         self._parts.close()
+        self._file.unlink(missing_ok=True)
 
 
 def _interleave(parts: list[np.ndarray]) -> np.ndarray:

@@ -15,11 +15,11 @@ from typing import Literal
 from tpu_llm.config import ConfigError
 from tpu_llm.data import documents
 
-# Test suites are absent from slim images; Debian ships the named packages (and macholib) apart or not at all;
+# Test suites are absent from slim images; Debian ships the other packages (and macholib) apart or not at all;
 # pydoc_data/topics.py repeats the topics as one literal.
 _ABSENT_SOMEWHERE = frozenset(
-    ('site-packages', 'dist-packages', 'lib-dynload', '__pycache__', 'test', 'tests', 'idle_test')
-    + ('idlelib', 'tkinter', 'turtledemo', 'lib2to3', 'distutils', 'ensurepip', 'macholib', 'pydoc_data')
+    {'site-packages', 'dist-packages', 'lib-dynload', '__pycache__', 'test', 'tests', 'idle_test'}
+    | {'idlelib', 'tkinter', 'turtledemo', 'lib2to3', 'distutils', 'ensurepip', 'macholib', 'pydoc_data'}
 )
 _MADE_ON_THE_MACHINE = ('config-', '_sysconfigdata', '_distutils_system_mod', 'sitecustomize')
 
@@ -46,13 +46,10 @@ class _StdlibDocuments(documents.Documents):
         if not names:
             raise ConfigError(f'the {split} part of the standard library is empty with heldout={heldout}')
         self._names = names
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
         content = hashlib.sha256()
-        for index, name in enumerate(self._names):
-            content.update(f'{name}\0{self.read(index).text}\0'.encode())
-        return documents.fingerprint('stdlib', content.hexdigest())
+        for name in names:
+            content.update(f'{name}\0{_text(name)}\0'.encode())
+        self.fingerprint = documents.fingerprint('stdlib', content.hexdigest())
 
     def __len__(self) -> int:
         return len(self._names)

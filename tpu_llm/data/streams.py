@@ -1,4 +1,4 @@
-"""The endless shuffled stream of one source, as framed ids, read through Grain."""
+"""The endless shuffled stream of one source as framed ids, and passes over a source; both are read through Grain."""
 
 import functools
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ import grain
 import numpy as np
 
 from tpu_llm.data.documents import Document, Documents, tokens_of
-from tpu_llm.data.mixture import uint64
 from tpu_llm.data.packing import frame
+from tpu_llm.data.shuffle import Shuffle
 from tpu_llm.data.tokenizer import Tokenizer
 
 _SAMPLE = 16
@@ -18,17 +18,14 @@ class Stream:
     """Index i of the stream is a document: every epoch is another permutation of the source, a function of the seed."""
 
     def __init__(self, name: str, docs: Documents, tokenizer: Tokenizer, seed: int):
-        # Grain shuffles epoch e with seed + e: hashing keeps the epochs of two sources or two runs apart.
-        self._order = (
-            grain.MapDataset.range(len(docs)).shuffle(seed=uint64(seed, 'order', name) % 2**32).repeat()
-        )
+        self._order = Shuffle(len(docs), seed, name)
         self._read = grain.MapDataset.source(docs)
         self._docs = docs
         self._tokenizer = tokenizer
 
     def number(self, index: int) -> int:
         """Which of the source's documents is at an index of the stream."""
-        return int(self._order[index])
+        return self._order[index]
 
     def name(self, number: int) -> str:
         return self._docs.name(number)
@@ -57,9 +54,9 @@ def in_order(docs: Documents) -> Iterator[tuple[int, Document]]:
 
 def shuffled(docs: Documents) -> Iterator[Document]:
     """Every document that can be read, once, in an order that depends on their number alone."""
-    return (
-        document for document in _ahead(grain.MapDataset.source(docs).shuffle(seed=0)) if document is not None
-    )
+    order = Shuffle(len(docs), 'sample')
+    numbers = grain.MapDataset.range(len(docs))
+    return (document for document in _ahead(numbers.map(lambda i: docs[order[i]])) if document is not None)
 
 
 def _ahead(dataset: grain.MapDataset) -> Iterator[Document | None]:

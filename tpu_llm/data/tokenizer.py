@@ -1,7 +1,7 @@
 """Text to ids and back, byte for byte: SentencePiece BPE, its training, and plain bytes.
 
-`decode(encode(text)) == text` for every string, with the models trained here. SentencePiece's defaults lose bytes; what it
-takes to lose none:
+`decode(encode(text)) == text` for every string, with the models trained here. SentencePiece's defaults lose
+bytes; what it takes to lose none:
 
 - identity normalization, no dummy prefix, no removal of white space, and byte fallback for what has no piece;
 - U+2581, which SentencePiece writes for a space, is cut out of the text before it sees it and encoded as its
@@ -14,15 +14,14 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import json
-import os
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece
 from etils import epath
 
-from tpu_llm.config import ConfigError, dump
+from tpu_llm.config import ConfigError
 
 _SPACE = '\u2581'
 _IDS = np.int32
@@ -137,14 +136,10 @@ class IdsOnly(Tokenizer):
         self.fingerprint = f'ids-{vocab_size}-{bos}-{eos}'
 
     def encode(self, text: str) -> np.ndarray:
-        raise ConfigError(
-            'a tokenizer of ids only cannot read text; give the .model file as Pretrained(path=…)'
-        )
+        raise ConfigError('a tokenizer of ids only cannot read text; give the .model file as Pretrained(path=…)')
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        raise ConfigError(
-            'a tokenizer of ids only cannot write text; give the .model file as Pretrained(path=…)'
-        )
+        raise ConfigError('a tokenizer of ids only cannot write text; give the .model file as Pretrained(path=…)')
 
 
 def load(path: epath.PathLike) -> SentencePiece:
@@ -161,7 +156,7 @@ def load(path: epath.PathLike) -> SentencePiece:
 def publish(path: epath.Path, data: bytes) -> None:
     """Writes a file so that it is seen whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f'{path.name}.{os.getpid()}.part'
+    part = path.parent / f'{path.name}.{uuid.uuid4().hex}.part'
     part.write_bytes(data)
     part.replace(path)
 
@@ -182,17 +177,15 @@ class TrainedBPE:
 
     def make(self, texts: Iterable[str], workdir: epath.PathLike) -> Tokenizer:
         """The tokenizer of this workdir, trained first if there is none."""
-        folder = epath.Path(workdir) / 'tokenizer'
-        model, settings = folder / 'tokenizer.model', folder / 'tokenizer.json'
-        if model.exists():
-            if json.loads(settings.read_text()) != dump(self):
-                raise ConfigError(
-                    f'{model} was trained with other settings; use a new workdir or delete {folder}'
-                )
-            return load(model)
-        tokenizer = SentencePiece(train_bpe(sample(texts, self.sample_bytes), self.vocab_size))
-        publish(settings, json.dumps(dump(self)).encode())
-        tokenizer.save(model)
+        path = epath.Path(workdir) / 'tokenizer' / 'tokenizer.model'
+        if not path.exists():
+            SentencePiece(train_bpe(sample(texts, self.sample_bytes), self.vocab_size)).save(path)
+        tokenizer = load(path)
+        if tokenizer.vocab_size != self.vocab_size:
+            raise ConfigError(
+                f'{path} has {tokenizer.vocab_size} pieces, the config asks for {self.vocab_size}; '
+                'use a new workdir, or delete the file to train it again'
+            )
         return tokenizer
 
 
@@ -264,24 +257,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
             remove_extra_whitespaces=False,
             byte_fallback=True,
             character_coverage=1.0,
-            # Measured on held-out text of the standard library, bytes a token at 4,096 / 8,192 pieces:
-            # 2.39 /      SentencePiece's own choices
-            # 3.54 / 3.92 with pieces of white space only (indentation)
-            # 3.82 / 4.42 and pieces across scripts ('self.', '(x)')
+            # Bytes a token on held-out text of the standard library, at 4,096 and 8,192 pieces:
+            # 2.39          SentencePiece's own choices
+            # 3.54   3.92   pieces of white space only (indentation)
+            # 3.82   4.42   … and pieces across scripts ('self.', '(x)')
+            # 3.85   4.45   … of up to 32 characters
             allow_whitespace_only_pieces=True,
             split_by_unicode_script=False,
-            max_sentence_length=2 * _SENTENCE,
-            num_threads=os.cpu_count() or 1,
+            max_sentencepiece_length=32,
+            max_sentence_length=4 * _SENTENCE,  # in bytes
+            num_threads=4,  # the model records the number, so one for all machines
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ConfigError(f'cannot train {vocab_size} pieces: {" ".join(str(error).split())}') from None
+        reason = str(error).rpartition('] ')[2].strip() or 'there is no text to learn from'
+        raise ConfigError(f'cannot train {vocab_size} pieces: {reason}') from None
     return model.getvalue()
 
 
-_SENTENCE = (
-    4000  # characters: what the trainer takes at once, cut at ends of lines so that pieces may cross them
-)
+_SENTENCE = 4000  # characters the trainer takes at once; cut at ends of lines, so that pieces may cross those
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -291,6 +285,6 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
             if buffer and len(buffer) + len(line) > _SENTENCE:
                 yield buffer
                 buffer = ''
-            buffer += line[:_SENTENCE]
+            buffer += line[:_SENTENCE]  # of a longer line the beginning serves as well
         if buffer:
             yield buffer

@@ -81,9 +81,7 @@ def _layout(file: epath.Path, dtype: str) -> tuple[np.dtype, int, int]:
         try:
             version = np.lib.format.read_magic(stream)
             read_header = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             )
             shape, _, kind = read_header(stream)
         except ValueError as error:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from tpu_llm.arrays import Array, Batch
-from tpu_llm.config import ConfigError, machine, schedule
+from tpu_llm.config import ConfigError, Periodic, machine, schedule
 from tpu_llm.data.documents import Documents, Head
 from tpu_llm.data.evaluation import gzip_bits_per_byte, held_out
 from tpu_llm.data.tokenizer import Tokenizer
@@ -73,22 +73,21 @@ class Evaluator:
         for batch in batches:
             tokens += int(batch.weights.sum())
             placed = jax.tree.map(
-                lambda x: hosts.assemble(np.asarray(x)[self.local], self.local, self.rows, self.sharding), batch
+                lambda x: hosts.assemble(np.asarray(x)[self.local], self.local, self.rows, self.sharding),
+                batch,
             )
             sums.append(self._program(weights, placed))
         return Score(nats=float(sum(map(float, sums))), tokens=tokens, raw_bytes=raw_bytes)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class HeldOut:
+class HeldOut(Periodic):
     """A hook that scores `source`: its first `documents` every so many steps, all of it after the last.
 
     Logs heldout_loss (nats a token), bits_per_byte and, once at the end, what gzip -9 needs for the same bytes.
     """
 
     source: Any
-    every: int = schedule(0)
-    last: bool = schedule(True)
     documents: int = schedule(0)  # 0: all of them each time
     rows: int = machine(16)  # of a batch
 

@@ -88,7 +88,7 @@ class Generator:
 
 
 def pad_left(ids: Sequence[np.ndarray], *, rows: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segments int32[rows, P]: prompts end in the last column, segment 0 is padding; missing rows repeat the first."""
+    """Tokens and segments, int32[rows, T]: prompts end in the last column, and missing rows repeat the first."""
     longest = max(map(len, ids))
     length = -(-longest // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
     tokens = np.full((rows, length), pad, np.int32)
@@ -119,7 +119,7 @@ def decode(
     max_new: int,
     sampling: Sampling,
     eos: int,
-) -> Int[Array, 'B T']:
+) -> Int[Array, 'B {max_new}']:
     """Up to `max_new` new tokens a row, after its first `eos` only `eos`. Prompts are padded on the left."""
     batch, length = tokens.shape
     index = jnp.arange(length)[None, :]

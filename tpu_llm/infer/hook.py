@@ -8,7 +8,7 @@ from typing import Protocol
 from etils import epath
 
 from tpu_llm.arrays import Array
-from tpu_llm.config import ConfigError, schedule
+from tpu_llm.config import ConfigError, Periodic, schedule
 from tpu_llm.data.tokenizer import Tokenizer
 from tpu_llm.infer.generate import Generator
 from tpu_llm.infer.sampling import Sample
@@ -31,12 +31,10 @@ class Surroundings(Protocol):
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Samples:
+class Samples(Periodic):
     """Continues `prompts` every so many steps and at the end; prints them and adds them to samples.jsonl."""
 
     prompts: tuple[str, ...]
-    every: int = schedule(0)
-    last: bool = schedule(True)
     max_new_tokens: int = schedule(64)
     temperature: float = schedule(0.8)
     top_p: float = schedule(0.95)

@@ -29,9 +29,13 @@ class Sample:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise ConfigError(f'temperature is {self.temperature}; it must be above 0 (for the likeliest token use Greedy())')
+            raise ConfigError(
+                f'temperature is {self.temperature}; it must be above 0 (for the likeliest token use Greedy())'
+            )
         if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(f'top_k = {self.top_k} must not be negative, top_p = {self.top_p} be above 0 and at most 1')
+            raise ConfigError(
+                f'top_k = {self.top_k} must not be negative, top_p = {self.top_p} be above 0 and at most 1'
+            )
 
     def __call__(self, logits: Float[Array, 'B V'], keys: Key[Array, ' B']) -> Int[Array, ' B']:
         return jax.vmap(jax.random.categorical)(keys, self.cut(logits / self.temperature))

@@ -89,9 +89,7 @@ def xla(
     if dropped is not None:
         kept = jax.random.bernoulli(dropped.key, 1.0 - dropped.rate, weights.shape)
         weights = jnp.where(kept, weights / (1.0 - dropped.rate), 0.0)
-    out = jnp.einsum(
-        'BKGTS,BKSH->BKGTH', weights.astype(query.dtype), v, preferred_element_type=jnp.float32
-    )
+    out = jnp.einsum('BKGTS,BKSH->BKGTH', weights.astype(query.dtype), v, preferred_element_type=jnp.float32)
     out = (out / total).astype(query.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 

@@ -61,7 +61,7 @@ def _auto_chunk(rows: int, length: int, vocab: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _loss(hidden, kernel, targets, weights, options, dtype):  # noqa: ANN001, ANN202
+def _loss(hidden, kernel, targets, weights, options, dtype):
     def body(sums, chunk):
         loss, nll, _ = _chunk(chunk, kernel.astype(dtype), options)
         return (sums[0] + loss, sums[1] + nll), None
@@ -100,9 +100,7 @@ _loss.defvjp(_forward, _backward)
 def _split(hidden, targets, weights, chunk):
     """Rows stay whole, so the batch keeps its sharding: [B, T, …] → [T / chunk, B, chunk, …]."""
     count = hidden.shape[1] // chunk
-    return [
-        x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1) for x in (hidden, targets, weights)
-    ]
+    return [x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1) for x in (hidden, targets, weights)]
 
 
 def _chunk(chunk, kernel, options):

@@ -1,9 +1,8 @@
 """The decoder: embed, stack, head. One class covers the open dense families by composition."""
 
 import dataclasses
-from typing import Literal, Self
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -218,9 +217,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
         """float32 logits over the real vocabulary."""
         kernel = self.unembedding().astype(self.dtype)
-        logits = jnp.einsum(
-            'BTD,DV->BTV', hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32
-        )
+        logits = jnp.einsum('BTD,DV->BTV', hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
         logits = constrain(logits, 'BTV')[..., : self.vocab_size]
         return self.logit_softcap * jnp.tanh(logits / self.logit_softcap) if self.logit_softcap else logits
 
@@ -238,7 +235,7 @@ class Decoder(nnx.Module):
         slots = jnp.zeros((batch, length), jnp.int32)
         return Cache(layers=layers, segments=slots, positions=slots, index=jnp.zeros((), jnp.int32))
 
-    def unstacked(self) -> Self:
+    def unstacked(self) -> 'Decoder':
         """The same model (sharing its arrays) with its layers one by one instead of scanned."""
         graph, state = nnx.split(self)
         model = nnx.merge(graph, state)
@@ -254,9 +251,7 @@ class Decoder(nnx.Module):
         dropout_key: Key[Array, ''] | None = None,
     ) -> Context:
         angles = rotary_angles(positions, self.head_dim, self.rope_theta) if self.rope_theta else None
-        return Context(
-            segments=segments, positions=positions, angles=angles, cache=cache, dropout_key=dropout_key
-        )
+        return Context(segments=segments, positions=positions, angles=angles, cache=cache, dropout_key=dropout_key)
 
     def _run(
         self, tokens: Int[Array, 'B T'], context: Context

@@ -23,7 +23,7 @@ class Context:
 
     segments: Int[Array, 'B T']
     positions: Int[Array, 'B T']
-    angles: tuple[Float[Array, 'B T H/2'], Float[Array, 'B T H/2']] | None = None
+    angles: tuple[Float[Array, 'B T H//2'], Float[Array, 'B T H//2']] | None = None
     cache: Cache | None = None
     dropout_key: Key[Array, ''] | None = None
 

@@ -41,7 +41,7 @@ class LayerNorm(nnx.Module):
         return add_trailing(y * _rows(self.scale[...], y), self.bias[...]).astype(x.dtype)
 
 
-def _rows(scale: Float[Array, ' D'], like: Float[Array, '*B D']) -> Float[Array, '*B D']:
+def _rows(scale: Float[Array, ' D'], like: Float[Array, '*B D']) -> Float[Array, '... D']:
     return scale.reshape((1,) * (like.ndim - 1) + scale.shape)
 
 

@@ -8,6 +8,7 @@ not.
 """
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -22,7 +23,8 @@ from tpu_llm.parallel.sharding import Layout
 Init = Callable[[Key[Array, ''], tuple[int, ...]], Float[Array, '...']]
 M = TypeVar('M', bound=nnx.Module)
 
-GROUPS = ('prefix', 'period', 'suffix')  # of nn/stack.py: they order a model's layers but do not name its weights
+# The groups of nn/stack.py order a model's layers but do not name its weights.
+_GROUP = re.compile(r'\b(prefix|period|suffix)\.\d+\.')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def param_sharding(layout: Layout, path: str, leaf: nnx.Param) -> jax.sharding.N
 def _draw(key: Key[Array, ''], path: str, leaf: nnx.Param) -> Float[Array, '...']:
     meta = leaf.get_metadata()
     init, layers, padding = meta['init'], meta['layers'], meta['padding']
-    name = '.'.join(part for part in path.split('.') if part not in GROUPS and not part.isdigit()) if layers else path
+    name = _GROUP.sub('', path, count=1) if layers else path
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     stacked = meta['dims'].startswith('L')
     shape = leaf.shape[1:] if stacked else leaf.shape

@@ -17,7 +17,7 @@ def from_segments(segments: Int[Array, 'B T']) -> Int[Array, 'B T']:
 
 def rotary_angles(
     positions: Int[Array, 'B T'], head_dim: int, theta: float
-) -> tuple[Float[Array, 'B T H/2'], Float[Array, 'B T H/2']]:
+) -> tuple[Float[Array, 'B T {head_dim}//2'], Float[Array, 'B T {head_dim}//2']]:
     """sin and cos of position * theta^(-2i/H), float32 (RoPE: Su et al., 2021, arXiv 2104.09864)."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
@@ -25,7 +25,7 @@ def rotary_angles(
 
 
 def rotate(
-    x: Float[Array, 'B T N H'], angles: tuple[Float[Array, 'B T H/2'], Float[Array, 'B T H/2']]
+    x: Float[Array, 'B T N H'], angles: tuple[Float[Array, 'B T H//2'], Float[Array, 'B T H//2']]
 ) -> Float[Array, 'B T N H']:
     """Turns each pair (x[i], x[i + H/2]) by its angle, in float32; the result has x's dtype."""
     sin, cos = (each[:, :, None, :] for each in angles)

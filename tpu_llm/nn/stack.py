@@ -68,16 +68,16 @@ class Stack(nnx.Module):
         cache: LayerCache | None,
         written: list[LayerCache],
     ) -> Array:
-        graph, state = nnx.split(block)
-        run = rematerialised(_block_fn(graph), self.remat, context)
-        x, cache = run(state, x, context, index, cache)
+        if self.remat == 'none':
+            x, cache = block(x, context, index, cache)
+        else:
+            graph, state = nnx.split(block)
+            x, cache = rematerialised(_block_fn(graph), self.remat, context)(state, x, context, index, cache)
         if cache is not None:
             written.append(cache)
         return x
 
-    def _scan(
-        self, x: Array, context: Context, caches: list[LayerCache | None]
-    ) -> tuple[Array, list[LayerCache]]:
+    def _scan(self, x: Array, context: Context, caches: list[LayerCache | None]) -> tuple[Array, list[LayerCache]]:
         graphs, states = zip(*(nnx.split(block) for block in self.period), strict=True)
         first = len(self.prefix)
         layers = first + jnp.arange(self.repeats * len(graphs)).reshape(self.repeats, len(graphs))
@@ -99,11 +99,11 @@ class Stack(nnx.Module):
         return [0] * len(self.prefix) + [self.repeats] * len(self.period) + [0] * len(self.suffix)
 
     def unstacked(self) -> 'Stack':
-        """The same layers one by one: decoding on a CPU and naming a layer at fault need no scan."""
+        """The same layers one by one and not rematerialised: for decoding on a CPU and for naming a layer at fault."""
         width = len(self.period)
         middle = [_slice(self.period[i % width], i // width) for i in range(self.repeats * width)]
         blocks = [*self.prefix, *middle, *self.suffix]
-        return Stack(blocks, [], [], repeats=0, remat=self.remat, unroll=self.unroll)
+        return Stack(blocks, [], [], repeats=0, remat='none', unroll=self.unroll)
 
 
 def make_stack(

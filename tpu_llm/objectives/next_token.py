@@ -35,9 +35,7 @@ class NextToken:
         key: Key[Array, ''] | None,
         step: Int[Array, ''],
     ) -> tuple[Float[Array, ''], Float[Array, ''], Sums]:
-        hidden = model.hidden(
-            batch.tokens, segments=batch.segments, positions=batch.positions, dropout_key=key
-        )
+        hidden = model.hidden(batch.tokens, segments=batch.segments, positions=batch.positions, dropout_key=key)
         options = Options(
             vocab_size=model.vocab_size,
             softcap=model.logit_softcap,

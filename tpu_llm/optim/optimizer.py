@@ -122,7 +122,7 @@ class Lion(Optimizer):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Adafactor(Optimizer):
-    """Second moments kept as rows and columns (Shazeer and Stern, 2018, arXiv 1804.04235), steps clipped to unit RMS."""
+    """Second moments kept as rows and columns (Shazeer and Stern, 2018, arXiv 1804.04235); steps of at most unit RMS."""
 
     decay_rate: float = 0.8
     min_factored: int = 128  # dims shorter than this keep their full second moment

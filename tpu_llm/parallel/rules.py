@@ -39,9 +39,7 @@ _CACHE: Table = {'B': BATCH, 'K': 'tensor'}
 
 
 def _zero(*, params: Table, gradients: Table) -> Rules:
-    return Rules(
-        params=params, gradients=gradients, optimizer=_SHARDED, activations=_ACTIVATIONS, cache=_CACHE
-    )
+    return Rules(params=params, gradients=gradients, optimizer=_SHARDED, activations=_ACTIVATIONS, cache=_CACHE)
 
 
 PRESETS: dict[str, Rules] = {

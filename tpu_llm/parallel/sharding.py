@@ -42,9 +42,7 @@ def partition(table: Table, dims: str) -> PartitionSpec:
     return PartitionSpec(*(table.get(letter) for letter in dims))
 
 
-def check_fits(
-    spec: PartitionSpec, dims: str, shape: Sequence[int], mesh: jax.sharding.Mesh, name: str
-) -> None:
+def check_fits(spec: PartitionSpec, dims: str, shape: Sequence[int], mesh: jax.sharding.Mesh, name: str) -> None:
     """Raises ConfigError if a mesh axis serves two dims, or a dim is not divided by its axes."""
     assert len(dims) == len(shape), f'{name}: dims {dims!r} for shape {tuple(shape)}'
     seen: dict[str, str] = {}

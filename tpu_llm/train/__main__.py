@@ -1,4 +1,8 @@
-"""`python -m tpu_llm.train ledger WORKDIR`: where a run's time went, over all its starts, and its goodput."""
+"""Looks at a run from outside, while it runs or afterwards.
+
+python -m tpu_llm.train ledger WORKDIR     where the time went, over all starts, and the goodput
+python -m tpu_llm.train report WORKDIR     writes report.html from what the run has written so far
+"""
 
 import argparse
 import sys
@@ -6,20 +10,26 @@ import sys
 from rich.console import Console
 
 from tpu_llm.train import ledger
+from tpu_llm.train.report import write_report
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog='python -m tpu_llm.train', description='Looks at a run.')
     commands = parser.add_subparsers(dest='command', required=True)
-    command = commands.add_parser('ledger', help='where the time went, over all starts, and the goodput')
-    command.add_argument('workdir', help='a run (local or gs://)')
-    workdir = parser.parse_args(argv).workdir
+    for name, text in (
+        ('ledger', 'where the time went, over all starts, and the goodput'),
+        ('report', 'writes report.html from what the run has written so far'),
+    ):
+        commands.add_parser(name, help=text).add_argument('workdir', help='a run (local or gs://)')
+    options = parser.parse_args(argv)
     try:
-        records = ledger.load(workdir)
+        if options.command == 'ledger':
+            Console().print(ledger.render(ledger.load(options.workdir)))
+        else:
+            print(write_report(options.workdir))
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    Console().print(ledger.render(records))
     return 0
 
 

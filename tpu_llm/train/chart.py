@@ -35,7 +35,7 @@ class Series:
 
 
 def chart(title: str, unit: str, series: Sequence[Series], marks: Sequence[tuple[str, float]] = ()) -> str:
-    """A `<figure>` with a legend, axes and lines; `marks` are labelled horizontal lines.
+    """A `<figure>` with a legend, axes and lines over steps from 0; `marks` are labelled horizontal lines.
 
     Values that are not finite leave gaps, and the caption counts them.
     """
@@ -44,9 +44,8 @@ def chart(title: str, unit: str, series: Sequence[Series], marks: Sequence[tuple
     if not drawn:
         return ''
     low, high, spike = _range([y for one in drawn for _, y in one.points], [y for _, y in marks])
-    first = min(one.points[0][0] for one in drawn)
     last = max(one.points[-1][0] for one in drawn)
-    frame = _Frame(first, last if last > first else first + 1, *_widen(low, high))
+    frame = _Frame(0.0, max(last, 1.0), *_widen(low, high))
     bad = sum(len(before.points) - len(after.points) for before, after in zip(series, finite, strict=True))
     notes = [f'highest {number(spike)}, off the chart'] if spike is not None else []
     notes += [f'{bad} not finite'] if bad else []

@@ -45,9 +45,7 @@ def recorded(model: nnx.Module) -> Iterator[list[tuple[str, bool]]]:
         def run(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
             result = call(self, *args, **kwargs)
             finite = all(
-                bool(jnp.isfinite(x).all())
-                for x in jax.tree.leaves(result)
-                if jnp.issubdtype(x.dtype, jnp.floating)
+                bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(result) if jnp.issubdtype(x.dtype, jnp.floating)
             )
             if id(self) in names:
                 outputs.append((names[id(self)] or type(self).__name__, finite))

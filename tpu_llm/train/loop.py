@@ -16,8 +16,8 @@ from tpu_llm.parallel.preemption import Preemption
 from tpu_llm.train.ledger import Ledger
 from tpu_llm.train.metrics import read
 from tpu_llm.train.run import Run
-from tpu_llm.train.session import Session, due
-from tpu_llm.train.setup import Feed, as_tree, open_session, restore_or_create
+from tpu_llm.train.session import Session
+from tpu_llm.train.setup import as_tree, open_session, restore_or_create
 from tpu_llm.train.state import TrainState
 from tpu_llm.train.step import StepOptions, make_step
 from tpu_llm.train.watch import Watch
@@ -47,7 +47,7 @@ def fit(run: Run, workdir: epath.PathLike) -> TrainState:
         if session.is_main:
             session.writers.cut(resumed.step)
         if resumed.step >= session.steps:
-            reporter.print(f'all {session.steps} steps are done; raise the run\'s length to train on')
+            reporter.print(f"all {session.steps} steps are done; raise the run's length to train on")
             _finish(session, Watch(session), finished=True)
             return state
         return _train(session, state, resumed)
@@ -55,7 +55,7 @@ def fit(run: Run, workdir: epath.PathLike) -> TrainState:
 
 def _train(session: Session, state: TrainState, resumed: resume.Resumed) -> TrainState:
     run, ledger = session.run, session.ledger
-    feed = Feed(run.data, session, seed=run.seed)
+    feed = session.feed
     if resumed.lanes is not None:
         feed.loader.restore(resumed.lanes)
     options = StepOptions(seed=run.seed, accumulate=run.accumulate, ema=run.ema, spike=run.spike)
@@ -73,8 +73,7 @@ def _train(session: Session, state: TrainState, resumed: resume.Resumed) -> Trai
     with contextlib.closing(store), contextlib.closing(feed.loader), contextlib.closing(preemption):
         for step in range(resumed.step + 1, session.steps + 1):
             with ledger.phase('data_wait'):
-                rows, lanes = next(feed.loader)
-                batch = feed.place(rows)
+                batch, lanes = feed.next()
             if not train_step.compiles:
                 with ledger.phase('compile'), session.reporter.status('compiling'):
                     train_step.program(state, None, batch)
@@ -82,7 +81,7 @@ def _train(session: Session, state: TrainState, resumed: resume.Resumed) -> Trai
                 state, metrics = train_step(state, None, batch)
                 watch.push(step, metrics, batch, state)
             stop = step == session.steps or preemption.at(step)
-            calls = [(hook, call) for hook, call in hooks if due(hook, step, session.steps)]
+            calls = [(hook, call) for hook, call in hooks if hook.due(step, session.steps)]
             save = stop or step % run.checkpoints.every == 0
             if calls or save:
                 with ledger.phase('step'):
@@ -115,9 +114,7 @@ def _finish(session: Session, watch: Watch, *, finished: bool) -> None:
     if not session.is_main:
         return
     if not finished:
-        session.reporter.print(
-            f'preempted: saved before step {session.steps}; the same command continues'
-        )
+        session.reporter.print(f'preempted: saved before step {session.steps}; the same command continues')
         return
     # From the file, since an earlier start of the run may have written some of it.
     latest = {name: value for line in read(session.workdir / 'metrics.jsonl') for name, value in line.items()}

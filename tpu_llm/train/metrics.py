@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 from etils import epath
 
@@ -24,6 +24,7 @@ from tpu_llm.config import ConfigError
 NOT_FINITE = ('nan', 'inf', '-inf')
 
 
+@runtime_checkable
 class Writer(Protocol):
     """What the loop and the hooks ask of a place that numbers go to."""
 
@@ -126,11 +127,8 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
     return records
 
 
-def _number(value: Any) -> float | int | str:
-    value = value.item() if hasattr(value, 'item') else value  # NumPy's and JAX's scalars
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(float(value))
 
 
 def _mend_tail(path: epath.Path) -> None:
@@ -200,9 +198,7 @@ class WandB:
         try:
             import wandb  # pyright: ignore[reportMissingImports] (an extra)
         except ImportError:
-            raise ConfigError(
-                "Weights & Biases is asked for but not installed: pip install 'tpu_llm[wandb]'"
-            ) from None
+            raise ConfigError("Weights & Biases is asked for but not installed: pip install 'tpu_llm[wandb]'") from None
         self._run = wandb.init(project=project, name=name, id=name, resume='allow', config=config)
         self._run.define_metric('*', step_metric='step')
 

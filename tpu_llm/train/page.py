@@ -58,9 +58,12 @@ h3 { font-size: 15px; margin: 0; display: inline; }
 .chart.third { grid-column: span 2; }
 .unit { font-size: 13px; }
 .legend {
-  list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 4px 0 0; padding: 0; font-size: 13px;
+  display: flex; flex-wrap: wrap; gap: 2px 18px; list-style: none; margin: 4px 0 0; padding: 0;
+  font-size: 13px;
 }
-.legend i, .swatch { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 7px; }
+.legend i, .swatch {
+  display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 7px;
+}
 .plot { position: relative; height: 270px; margin: 14px 0 22px 44px; touch-action: pan-y; }
 .third .plot { height: 190px; }
 .plot:focus-visible { outline: 2px solid var(--color-1); outline-offset: 3px; }
@@ -75,7 +78,9 @@ h3 { font-size: 15px; margin: 0; display: inline; }
 .axes i { position: absolute; left: 0; right: 0; border-top: 1px solid var(--grid); }
 .axes .y { right: 100%; margin-right: 8px; transform: translateY(-50%); }
 .axes .x { top: 100%; margin-top: 8px; transform: translateX(-50%); }
-.axes .mark { left: 0; right: 0; border-top: 1.5px dashed var(--color-6); text-align: right; padding-top: 4px; }
+.axes .mark {
+  left: 0; right: 0; border-top: 1.5px dashed var(--color-6); text-align: right; padding-top: 4px;
+}
 .cursor { position: absolute; top: 0; bottom: 0; width: 1px; background: var(--soft); pointer-events: none; }
 .readout {
   position: absolute; top: 4px; padding: 6px 10px; border-radius: 7px; font-size: 12.5px; white-space: nowrap;
@@ -87,14 +92,18 @@ h3 { font-size: 15px; margin: 0; display: inline; }
 .bar { display: flex; height: 22px; border-radius: 6px; overflow: hidden; margin-bottom: 14px; gap: 1px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td {
+  text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top;
+}
 tr:last-child td { border-bottom: 0; }
 th { color: var(--soft); font-weight: 500; font-size: 13px; }
 .number { text-align: right; white-space: nowrap; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 16px; }
 .sample { margin: 0; }
 .sample figcaption { color: var(--soft); font-size: 13px; margin-bottom: 6px; }
-.sample pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.55 ui-monospace, monospace; }
+.sample pre {
+  margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.55 ui-monospace, monospace;
+}
 .sample mark { background: none; color: var(--color-1); font-weight: 700; }
 details { margin-top: 12px; }
 .panel > details { margin-top: 0; }

@@ -8,7 +8,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 LINE_EVERY = 10.0  # seconds between two lines where there is no bar
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Tells a person how the run is doing; used as a context manager around the loop."""
 
@@ -74,9 +75,7 @@ class Bar:
             console=console,
             expand=True,
         )
-        self._task = self._progress.add_task(
-            'training', total=total, completed=start, text=f'{start:,}/{total:,}'
-        )
+        self._task = self._progress.add_task('training', total=total, completed=start, text=f'{start:,}/{total:,}')
 
     def __enter__(self) -> 'Bar':
         self._progress.start()

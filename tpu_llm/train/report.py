@@ -61,9 +61,7 @@ def _points(metrics: Records, name: str) -> list[tuple[float, float]]:
 
 
 def _where(workdir: epath.Path, starts: Records) -> str:
-    began = (
-        f', begun {starts[0]["start"][:16].replace("T", " ")} UTC on {starts[0]["host"]}' if starts else ''
-    )
+    began = f', begun {starts[0]["start"][:16].replace("T", " ")} UTC on {starts[0]["host"]}' if starts else ''
     return f'<p>{escape(str(workdir) + began)}</p>'
 
 
@@ -166,9 +164,7 @@ def _time(starts: Records) -> str:
         for color, (name, seconds) in enumerate(summary.seconds.items(), 1)
         if seconds
     ]
-    bar = ''.join(
-        f'<span style="flex:{share:.5f};background:var(--color-{c})"></span>' for *_, share, c in spent
-    )
+    bar = ''.join(f'<span style="flex:{share:.5f};background:var(--color-{c})"></span>' for *_, share, c in spent)
     rows = [
         [
             f'<i class="swatch" style="background:var(--color-{c})"></i>{name}',

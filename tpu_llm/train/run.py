@@ -21,7 +21,7 @@ class Run:
     model: DecoderConfig
     data: Data
     optimizer: Optimizer
-    objective: NextToken
+    objective: NextToken = dataclasses.field(default_factory=NextToken)
     steps: int = schedule(0)
     tokens: int = schedule(0)
     epochs: float = schedule(0.0)
@@ -52,9 +52,7 @@ class Run:
         if not 0.0 <= self.ema < 1.0:
             raise ConfigError(f'ema = {self.ema}; write a decay from 0 (no average) to below 1')
         if self.log_every < 1 or self.bad_steps < 1:
-            raise ConfigError(
-                f'log_every = {self.log_every} and bad_steps = {self.bad_steps} must be at least 1'
-            )
+            raise ConfigError(f'log_every = {self.log_every} and bad_steps = {self.bad_steps} must be at least 1')
         if self.model.position == 'learned' and self.data.seq_len > self.model.max_length:
             raise ConfigError(
                 f'data.seq_len = {self.data.seq_len} is longer than the {self.model.max_length} learned positions '

@@ -11,7 +11,6 @@ from etils import epath
 
 from tpu_llm.arrays import Array
 from tpu_llm.checkpoint.fence import Fence
-from tpu_llm.data.documents import Documents
 from tpu_llm.data.tokenizer import Tokenizer
 from tpu_llm.models.graph import ModelGraph
 from tpu_llm.parallel.sharding import Layout
@@ -21,11 +20,12 @@ from tpu_llm.train.progress import Reporter
 
 if TYPE_CHECKING:
     from tpu_llm.train.run import Run
+    from tpu_llm.train.setup import Feed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """What hooks may use. `steps` is the run's length; `documents` are the training sources, opened."""
+    """What the loop and its hooks use; `steps` is the run's length."""
 
     run: 'Run'
     workdir: epath.Path
@@ -34,7 +34,7 @@ class Session:
     graph: ModelGraph
     tx: optax.GradientTransformation
     tokenizer: Tokenizer
-    documents: list[Documents]
+    feed: 'Feed'
     steps: int
     ledger: Ledger
     writers: Writers
@@ -62,13 +62,8 @@ class OpenHook(Protocol):
 
 
 class Hook(Protocol):
-    """A config of something done every so many steps (0: never) and, with `last`, after the last step."""
+    """The config of a hook; most are `config.Periodic`."""
 
-    every: int
-    last: bool
+    def due(self, step: int, steps: int) -> bool: ...
 
     def open(self, session: Any) -> OpenHook: ...
-
-
-def due(hook: Hook, step: int, steps: int) -> bool:
-    return (hook.every > 0 and step % hook.every == 0) or (hook.last and step == steps)

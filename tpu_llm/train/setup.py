@@ -4,15 +4,14 @@ import dataclasses
 import math
 
 import jax
-import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding
 
 from tpu_llm.arrays import Batch
 from tpu_llm.checkpoint import fence, resume
 from tpu_llm.config import ConfigError
 from tpu_llm.data.length import run_steps
-from tpu_llm.data.loader import Data, Loader, open_documents, open_tokenizer
+from tpu_llm.data.lanes import Table
+from tpu_llm.data.loader import Loader, open_documents, open_tokenizer
 from tpu_llm.data.tokenizer import Tokenizer
 from tpu_llm.models.decoder import DecoderConfig
 from tpu_llm.models.graph import ModelGraph
@@ -52,11 +51,10 @@ def param_infos(graph: ModelGraph) -> dict[str, ParamInfo]:
 
 
 def open_session(run: Run, workdir: epath.Path, ledger: Ledger, token: fence.Fence) -> Session:
-    tokenizer = open_tokenizer(run.data, workdir)
-    check_vocabulary(run.model, tokenizer)
-    documents = open_documents(run.data, tokenizer, workdir)
-    steps = run_steps(run.data, documents, steps=run.steps, tokens=run.tokens, epochs=run.epochs)
     layout = make_layout(run)
+    feed = Feed(run, layout, workdir)
+    check_vocabulary(run.model, feed.tokenizer)
+    steps = run_steps(run.data, feed.documents, steps=run.steps, tokens=run.tokens, epochs=run.epochs)
     graph = make_graph(run.model, layout)
     main = jax.process_index() == 0
     files = (JsonLines(workdir / 'metrics.jsonl'), TensorBoard(workdir / 'tensorboard'))
@@ -67,8 +65,8 @@ def open_session(run: Run, workdir: epath.Path, ledger: Ledger, token: fence.Fen
         layout=layout,
         graph=graph,
         tx=run.optimizer.make(param_infos(graph), steps),
-        tokenizer=tokenizer,
-        documents=documents,
+        tokenizer=feed.tokenizer,
+        feed=feed,
         steps=steps,
         ledger=ledger,
         writers=Writers(*(files if main else ())),
@@ -119,15 +117,16 @@ def from_tree(like: TrainState, tree: dict[str, dict[str, jax.Array]]) -> TrainS
 class Feed:
     """Batches of a run as global arrays, each host reading only the rows its devices hold."""
 
-    def __init__(self, data: Data, session: Session, *, seed: int):
-        layout, shape = session.layout, (data.global_batch, data.seq_len)
-        self.sharding: NamedSharding = layout.named(layout.rules.activations, 'BT', shape, 'the batch')
-        self.rows = hosts.local_rows(self.sharding, data.global_batch)
-        self.total = data.global_batch
-        self.loader = Loader(data, session.documents, session.tokenizer, seed=seed, owned=self.rows)
+    def __init__(self, run: Run, layout: Layout, workdir: epath.Path):
+        self.total = run.data.global_batch
+        shape = (self.total, run.data.seq_len)
+        self.sharding = layout.named(layout.rules.activations, 'BT', shape, 'the batch')
+        self.rows = hosts.local_rows(self.sharding, self.total)
+        self.tokenizer = open_tokenizer(run.data, workdir)
+        self.documents = open_documents(run.data, self.tokenizer, workdir)
+        self.loader = Loader(run.data, self.documents, self.tokenizer, seed=run.seed, owned=self.rows)
 
-    def place(self, batch: Batch) -> Batch:
-        """This host's rows → the global batch on the devices."""
-        return jax.tree.map(
-            lambda x: hosts.assemble(np.asarray(x), self.rows, self.total, self.sharding), batch
-        )
+    def next(self) -> tuple[Batch, Table]:
+        """The next global batch on the devices, and this host's part of the lane table after it."""
+        batch, lanes = next(self.loader)
+        return jax.tree.map(lambda x: hosts.assemble(x, self.rows, self.total, self.sharding), batch), lanes

@@ -1,7 +1,6 @@
 """What training changes: parameters by path, optimizer state, moving average, counters."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,9 +32,7 @@ class TrainState:
     loss_variance: Float[Array, '']
 
 
-def abstract_state(
-    graph: ModelGraph, tx: optax.GradientTransformation, layout: Layout, *, ema: bool
-) -> TrainState:
+def abstract_state(graph: ModelGraph, tx: optax.GradientTransformation, layout: Layout, *, ema: bool) -> TrainState:
     """The state's shapes and shardings, nothing allocated: what restore fills and the planner compiles for."""
     shapes = jax.eval_shape(lambda params: _fresh(params, tx, ema), graph.shapes())
     return jax.tree.map(

@@ -47,9 +47,7 @@ def make_step(
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         with sharding.use(layout):
             key = jax.random.fold_in(jax.random.key(options.seed), state.step)
-            sums, gradients = _accumulate(
-                graph, objective, state, frozen, batch, key, options.accumulate, layout
-            )
+            sums, gradients = _accumulate(graph, objective, state, frozen, batch, key, options.accumulate, layout)
             weight = jnp.maximum(sums.pop('weight'), 1.0)
             metrics = {name: total / weight for name, total in sums.items()}
             gradients = jax.tree.map(lambda g: g / weight, gradients)

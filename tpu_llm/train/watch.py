@@ -5,7 +5,7 @@ import time
 import jax
 
 from tpu_llm.arrays import Array, Batch
-from tpu_llm.config import ConfigError
+from tpu_llm.config import RunError
 from tpu_llm.models.flops import train_flops
 from tpu_llm.parallel.chips import peak_flops
 from tpu_llm.train.diagnose import first_non_finite
@@ -16,7 +16,7 @@ from tpu_llm.train.state import TrainState
 _FLUSH_SECONDS = 30.0
 
 
-class Diverged(ConfigError):
+class Diverged(RunError):
     """Too many steps in a row were not finite; what the run had is in its last checkpoint."""
 
 

@@ -1,0 +1,1 @@
+"""Run configs: each file is one page that `launch/run.py --config=` takes."""

@@ -1,0 +1,21 @@
+"""Every test runs on 8 CPU devices, with shapes and types checked at run time, and no silent broadcasting of ranks.
+
+JAX_PLATFORMS and XLA_FLAGS win where they are set; JAX_COMPILATION_CACHE_DIR keeps compiled programs between runs.
+"""
+
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+from jaxtyping import install_import_hook
+
+# Not through XLA_FLAGS: processes that tests start would inherit it.
+if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+# Before the first import of the library, so it is here and not in a fixture.
+install_import_hook('tpu_llm', 'typecheck.check')
