@@ -18,7 +18,7 @@ def init(key):
     shapes = {
         'embed': (VOCAB, WIDTH),
         'head': (WIDTH, VOCAB),
-        **{name: (LAYERS, WIDTH, WIDTH) for name in 'qkvo'},
+        **dict.fromkeys('qkvo', (LAYERS, WIDTH, WIDTH)),
         'gate': (LAYERS, WIDTH, HIDDEN),
         'up': (LAYERS, WIDTH, HIDDEN),
         'down': (LAYERS, HIDDEN, WIDTH),

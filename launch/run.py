@@ -73,8 +73,10 @@ def _fields(value: Any, path: str) -> list[str]:
     if configs.is_config(value):
         names = [field.name for field in dataclasses.fields(value)]
         return [line for name in names for line in _fields(getattr(value, name), f'{path}.{name}')]
-    if isinstance(value, (tuple, list)) and any(map(configs.is_config, value)):
+    if isinstance(value, tuple) and any(map(configs.is_config, value)):
         return [line for i, item in enumerate(value) for line in _fields(item, f'{path}[{i}]')]
+    if isinstance(value, dict):
+        return [line for key, item in value.items() for line in _fields(item, f'{path}.{key}')]
     return [f'{path}={value!r}']
 
 

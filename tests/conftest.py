@@ -8,6 +8,7 @@ import os
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 # Not through XLA_FLAGS: processes that tests start would inherit it.
@@ -19,3 +20,11 @@ if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
 
 # Before the first import of the library, so it is here and not in a fixture.
 install_import_hook('tpu_llm', 'typecheck.check')
+
+
+@pytest.fixture(scope='module')
+def quick_compile():
+    """Compiles in half the time, to slower code; not for what claims equal bits of production's programs."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)

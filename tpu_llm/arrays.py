@@ -10,7 +10,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-__all__ = ['Array', 'Batch', 'Bool', 'Float', 'Int', 'Key']
+__all__ = ['AnyArray', 'Array', 'Batch', 'Bool', 'Float', 'Int', 'Key']
+
+AnyArray = Array | np.ndarray  # on the device or on the host
 
 
 @jax.tree_util.register_dataclass
@@ -22,8 +24,8 @@ class Batch:
     not see each other; positions restart with each.
     """
 
-    tokens: Int[Array | np.ndarray, 'B T']
-    targets: Int[Array | np.ndarray, 'B T']
-    weights: Float[Array | np.ndarray, 'B T']  # what each position counts for in the loss
-    segments: Int[Array | np.ndarray, 'B T']  # 0 is padding; equal ids see each other
-    positions: Int[Array | np.ndarray, 'B T']
+    tokens: Int[AnyArray, 'B T']
+    targets: Int[AnyArray, 'B T']
+    weights: Float[AnyArray, 'B T']  # what each position counts for in the loss
+    segments: Int[AnyArray, 'B T']  # 0 is padding; equal ids see each other
+    positions: Int[AnyArray, 'B T']

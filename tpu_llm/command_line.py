@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,21 @@ def _check(config: Any, path: str, text: str | None) -> None:
         raise ConfigError(f'{where} is a group of fields, not a value; set one of {names}')
     if text is not None and text.lower() == 'none':
         raise ConfigError(f'{where} cannot be None by flag; what may be absent is chosen by the config arg')
-    if is_config(above):
-        hint = config_path.normalize_type(typing.get_type_hints(type(above))[parts[-1]])
-        if typing.get_origin(hint) is typing.Literal:
-            choices = flags.EnumParser(list(typing.get_args(hint)))
-            config_flags.register_flag_parser_for_type(hint, choices)
+    if isinstance(above, tuple):
+        raise ConfigError(f'{where} is one item of a tuple; set them all, as in --config.betas=(0.9,0.99)')
+    if is_config(above) and not _settable(typing.get_type_hints(type(above))[parts[-1]]):
+        raise ConfigError(f'{where} is of a kind that no flag can set; set it in the config file')
+
+
+def _settable(hint: Any) -> bool:
+    """Whether config_flags can parse such a value; it is taught the choices of a Literal on the way."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return len(kinds) == 1 and _settable(kinds[0])
+    if typing.get_origin(hint) is typing.Literal and all(isinstance(choice, str) for choice in kinds):
+        config_flags.register_flag_parser_for_type(hint, flags.EnumParser(kinds))
+        return True
+    return (typing.get_origin(hint) or hint) in (bool, int, float, str, tuple)
 
 
 def _step(node: Any, part: Any, where: str, path: str) -> Any:

@@ -1,7 +1,7 @@
 """One process of a run of one or two: restores, then saves, and prints what came of it.
 
 Usage: pair_worker.py PORT PROCESSES INDEX JSON, the last of {'workdir', 'steps', 'blocked'}. At the blocked
-step the second process cannot write its lane table. Each process has two devices. The state at step k is
+step the second process cannot at first write its lane table. Each process has two devices. The state at step k is
 `whole + k` in three shardings.
 """
 
@@ -39,7 +39,7 @@ def main(port: str, processes: int, index: int, workdir: str, steps: list[int], 
             for shard in array.addressable_shards
         )
     for step in steps:
-        if step == blocked and index == 1:
+        if step == blocked and index == 1 and not said['errors']:
             folder = pathlib.Path(workdir, 'checkpoints', commit.folder_name(step, held.token))
             (folder / 'data' / 'lanes-1.npz').mkdir(parents=True)
         values = WHOLE + step

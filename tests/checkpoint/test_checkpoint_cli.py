@@ -1,5 +1,7 @@
 """`python -m tpu_llm.checkpoint list|verify|diff`."""
 
+import re
+import shutil
 import subprocess
 import sys
 
@@ -34,6 +36,14 @@ def test_list(tmp_path, start, call):
     assert 'committed' in oldest
     assert 'bits_per_byte 1.843' in oldest
     assert ' kB' in oldest
+
+
+def test_list_of_a_copy_under_another_name(tmp_path, start, call):
+    run = start(tmp_path / 'run').save(7)
+    shutil.copytree(run.folder(7), tmp_path / 'best')
+    code, out, _ = call('list', tmp_path / 'best')
+    assert code == 0
+    assert re.search(rf'7 +{run.fence.token} .* committed', out)
 
 
 def test_verify(tmp_path, start, call):
@@ -71,6 +81,7 @@ def test_diff_names_what_differs(tmp_path, start, call):
             'sign': jnp.zeros(3),
             'shape': jnp.ones(2),
             'old': jnp.ones(1),
+            'scalar': jnp.asarray(1.0),
         },
         lanes=a.lanes(1),
         manifest={'config': {'width': 8, 'steps': 5}},
@@ -83,6 +94,7 @@ def test_diff_names_what_differs(tmp_path, start, call):
             'sign': -jnp.zeros(3),
             'shape': jnp.ones(3),
             'new': jnp.ones(1),
+            'scalar': jnp.asarray(jnp.nan),
         },
         lanes=b.lanes(2),
         manifest={'config': {'width': 16, 'steps': 5}},
@@ -96,6 +108,7 @@ def test_diff_names_what_differs(tmp_path, start, call):
         'lane table, document: differs',
         'new: only in the second',
         'old: only in the first',
+        'scalar: 1 of 1 values differ, by at most nan',
         'shape: float32[2] → float32[3]',
         'sign: 3 of 3 values differ, by at most 0',
         'x: 2 of 4 values differ, by at most 0.5',

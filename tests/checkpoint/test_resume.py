@@ -57,7 +57,7 @@ def test_its_own_checkpoint_comes_first(tmp_path, start, choose):
 
 def test_a_parent_continues_in_full(tmp_path, start, choose):
     parent = save(start, tmp_path / 'parent', 9)
-    changed = Config(width=8, steps=200, data=Data(workers=0))
+    changed = Config(width=16, steps=200, data=Data(workers=3))
     chosen = choose(changed, parent=str(tmp_path / 'parent'))
     assert (chosen.kind, chosen.step) == ('parent', 9)
     assert parent.bits(chosen.arrays) == parent.bits(parent.state(9))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpu_llm.checkpoint import files
+from tpu_llm.checkpoint import files, reader
 from tpu_llm.checkpoint.files import CheckpointError
 from tpu_llm.config import ConfigError
 
@@ -188,6 +188,34 @@ def test_full_disk(small_disk, start, caplog):
     assert not [record for record in caplog.records if record.exc_info], 'a traceback was logged'
     assert run.store.restore(run.like()).step == 1
     assert run.save(3).store.restore(run.like()).step == 3, 'what was half-written makes room again'
+
+
+def test_what_cannot_be_removed_is_a_warning(tmp_path, start, caplog):
+    run = start(tmp_path, keep=1).save(1)
+    busy = run.folder(1) / 'busy'
+    busy.mkdir()
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', 'none', busy], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f'mounting is refused here: {mounted.stderr.decode().strip()}')
+    try:
+        run.save(2)
+    finally:
+        subprocess.run(['umount', busy], check=True)
+    assert 'an old checkpoint could not be removed: Device or resource busy' in caplog.text
+    assert run.store.steps() == [2]
+    run.save(3)
+    assert not busy.exists()
+
+
+def test_what_the_store_no_longer_gives_is_one_line(tmp_path, start):
+    """Gone between the verification and the read."""
+    run = start(tmp_path).save(1)
+    found = reader.find(tmp_path)
+    for data in run.folder(1).glob('arrays/d/*'):
+        data.unlink()
+    with pytest.raises(CheckpointError, match=r'could not be read: .*') as error:
+        reader.load(found, run.like())
+    assert '\n' not in str(error.value)
 
 
 def test_read_only_workdir(small_disk, start):

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='session')
 def data(folder: Path) -> Data:
-    """Two sources whose weights change at step 5, six lanes, rows shorter than most documents."""
+    """Two sources whose weights change at step 5, rows shorter than most documents, three lanes to each of six rows."""
     return Data(
         mixture=Mixture(
             sources={'files': Text(paths=(f'{folder}/*.txt',)), 'records': Jsonl(paths=(f'{folder}/*.jsonl',))},
@@ -46,5 +46,6 @@ def data(folder: Path) -> Data:
         tokenizer=Bytes(),
         global_batch=6,
         seq_len=24,
+        interleave=3,
         prefetch=1,
     )

@@ -41,18 +41,19 @@ def walk(
     *sources: list[int | None],
     weights: dict[int, dict[str, float]] | None = None,
     total: int = 4,
-    owned: range | None = None,
+    rows: range | None = None,
+    interleave: int = 1,
     seq_len: int = 16,
     overlong: lanes.Overlong = 'split',
     seed: int = 0,
 ) -> lanes.Walk:
     names = [chr(ord('a') + i) for i in range(len(sources))]
     mixture = Mixture(sources={name: Text(paths=()) for name in names}, weights=weights or {})
+    plan = lanes.Plan(mixture, seed, total, interleave, seq_len, overlong)
     streams = [
         Stream(name, Given(lengths), ByteTokenizer(), seed) for name, lengths in zip(names, sources, strict=True)
     ]
-    table = lanes.initial(owned or range(total), len(sources))
-    return lanes.Walk(mixture, streams, table, seed=seed, global_batch=total, seq_len=seq_len, overlong=overlong)
+    return lanes.Walk(plan, streams, lanes.initial(plan.of_rows(rows or range(total)), len(sources)))
 
 
 def test_lanes_share_each_epoch_without_gap_or_overlap() -> None:
@@ -165,16 +166,42 @@ def test_empty_documents_are_one_pair() -> None:
     assert [p.ids.tolist() for p in row] == [[1, 2]] * 4
 
 
-def test_any_lanes_give_what_they_give_among_all() -> None:
+@pytest.mark.parametrize('interleave', [1, 3])
+def test_any_rows_give_what_they_give_among_all(interleave: int) -> None:
     sources, weights = ([5, 50, 20, None, 3], [9, 9, 30]), {0: {'a': 0.5, 'b': 0.5}, 4: {'a': 0.1, 'b': 0.9}}
-    every = walk(*sources, weights=weights, total=6)
-    some = walk(*sources, weights=weights, total=6, owned=range(2, 5))
+    every = walk(*sources, weights=weights, total=6, interleave=interleave)
+    some = walk(*sources, weights=weights, total=6, interleave=interleave, rows=range(2, 5))
     for _ in range(12):
         for row, expected in zip(some.step(), every.step()[2:5], strict=True):
             assert [p[1:] for p in row] == [p[1:] for p in expected]
     whole, part = every.state(), some.state()
-    for key, column in lanes.select(whole, [2, 3, 4]).items():
+    for key, column in lanes.select(whole, part['lane']).items():
         np.testing.assert_array_equal(part[key], column)
+
+
+def test_interleaved_documents_take_turns() -> None:
+    w = walk([63] * 50, total=2, interleave=4)  # 64 pairs: four rows
+    steps = [[(row[0].document, row[0].start) for row in w.step()] for _ in range(16)]
+    for place in range(2):
+        opened = [step[place] for step in steps[:4]]
+        assert len({document for document, _ in opened}) == 4
+        for turn in range(1, 4):
+            assert [step[place] for step in steps[4 * turn : 4 * turn + 4]] == [(d, 16 * turn) for d, _ in opened]
+    assert len({document for step in steps for document, _ in step}) == 8
+    assert (w.state()['step'] == 16).all()
+
+
+def test_interleaved_lanes_share_each_epoch() -> None:
+    w = walk([15] * 40, total=4, interleave=5)
+    seen = [[row[0].document for row in w.step()] for _ in range(20)]
+    for epoch in (seen[:10], seen[10:]):
+        assert Counter(number for step in epoch for number in step) == Counter(range(40))
+
+
+def test_a_stage_begins_for_all_lanes_at_once() -> None:
+    w = walk([15] * 50, [15] * 50, weights={0: {'a': 1.0}, 3: {'b': 1.0}}, total=1, interleave=2)
+    assert [w.step()[0][0].source for _ in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert w.state()['emitted'].tolist() == [[0, 16], [0, 32]]
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -192,7 +219,9 @@ def test_tables_merge_and_select() -> None:
 
 def test_tables_that_do_not_fit() -> None:
     table = lanes.initial([0, 1], 1)
-    with pytest.raises(ConfigError, match='the lane table has no lane 2; it was saved with another global_batch'):
+    with pytest.raises(
+        ConfigError, match='the lane table has no lane 2; go on with the global_batch and interleave it'
+    ):
         lanes.select(table, [1, 2])
     with pytest.raises(AssertionError, match='two tables hold the same lane'):
         lanes.merge([table, table])

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,7 +27,8 @@ from tpu_llm.data.mixture import Mixture
 from tpu_llm.data.sources import Jsonl, Text
 from tpu_llm.data.tokenizer import Bytes, ByteTokenizer, TrainedBPE
 
-STEPS, LANES = 12, 6
+STEPS, ROWS, INTERLEAVE = 12, 6, 3
+LANES = ROWS * INTERLEAVE
 COLUMNS = [field.name for field in dataclasses.fields(Batch)]
 
 
@@ -54,10 +56,10 @@ def expected(data: Data) -> list[list[bytes]]:
 
 
 class InTurn:
-    """Workers in this process, with the lanes that Grain gives to its processes."""
+    """Workers in this process, with the rows that Grain gives to its processes."""
 
     def __init__(self, rows: pipeline.Rows, workers: int):
-        parts = [pipeline.Rows(rows.make, rows.table, seq_len=rows.seq_len, pad=rows.pad) for _ in range(workers)]
+        parts = [pipeline.Rows(rows.make, rows.table, plan=rows.plan, pad=rows.pad) for _ in range(workers)]
         for i, part in enumerate(parts):
             part.set_slice(slice(i, None, workers))
         self.turn = itertools.cycle([iter(part) for part in parts])
@@ -72,19 +74,19 @@ class InTurn:
 def host(data: Data, table: Table, workers: int) -> pipeline.Closing:
     docs = open_documents(data, ByteTokenizer(), '')
     walk = functools.partial(make_walk, data, docs, ByteTokenizer(), 1)
-    rows = pipeline.Rows(walk, table, seq_len=data.seq_len, pad=0)
+    rows = pipeline.Rows(walk, table, plan=data.plan(1), pad=0)
     if workers == 0:
         return pipeline.read_ahead(rows, workers=0, prefetch=2)
     return pipeline.Joined(InTurn(rows, workers), workers, Path('/none'))
 
 
-# One start of a run: which lanes each host has and by how many workers it reads them (0 is the thread), the steps
+# One start of a run: which rows each host has and by how many workers it reads them (0 is the thread), the steps
 # until the last checkpoint, and the steps after it that a kill throws away.
 @st.composite
 def starts(draw: st.DrawFn) -> tuple[list[tuple[list[int], int]], int, int]:
-    order = draw(st.permutations(range(LANES)))
-    cuts = sorted(draw(st.sets(st.integers(1, LANES - 1), max_size=3)))
-    hosts = [(order[a:b], draw(st.integers(0, min(3, b - a)))) for a, b in itertools.pairwise([0, *cuts, LANES])]
+    order = draw(st.permutations(range(ROWS)))
+    cuts = sorted(draw(st.sets(st.integers(1, ROWS - 1), max_size=3)))
+    hosts = [(order[a:b], draw(st.integers(0, min(3, b - a)))) for a, b in itertools.pairwise([0, *cuts, ROWS])]
     return hosts, draw(st.integers(1, STEPS)), draw(st.integers(0, 2))
 
 
@@ -97,7 +99,7 @@ def test_same_bytes_whatever_the_hosts_the_workers_and_the_kills(
     for hosts, steps, lost in run:
         saved: list[Table] = []
         for owned, workers in hosts:
-            with contextlib.closing(host(data, lanes.select(table, owned), workers)) as reader:
+            with contextlib.closing(host(data, lanes.select(table, data.plan(1).of_rows(owned)), workers)) as reader:
                 for step, element in enumerate(itertools.islice(iter(reader.__next__, None), steps + lost), done + 1):
                     if step > STEPS:
                         break
@@ -141,7 +143,7 @@ def test_real_workers_give_the_same_and_go_on_from_a_table(
         assert [rows_of(next(loader)[0]) for _ in range(STEPS - 5)] == expected[5:]
 
 
-def test_more_workers_than_lanes(data: Data, expected: list[list[bytes]]) -> None:
+def test_more_workers_than_rows(data: Data, expected: list[list[bytes]]) -> None:
     with loading(dataclasses.replace(data, workers=9), owned=[2]) as loader:
         assert rows_of(next(loader)[0]) == [expected[0][2]]
         assert len(multiprocessing.active_children()) == 1
@@ -154,8 +156,7 @@ def test_a_worker_that_is_killed_is_an_error_and_no_wait(data: Data) -> None:
             assert child.pid is not None
             os.kill(child.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match='terminated unexpectedly with exit code -9'):
-            for _ in range(20):
-                next(loader)
+            list(itertools.islice(loader, 20))  # what the dead had made is read first
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -170,6 +171,31 @@ def test_a_bad_record_is_the_same_error_in_a_worker(tmp_path: Path, workers: int
     )
     with loading(data) as loader, pytest.raises(ConfigError, match=r'bad\.jsonl, line 2: not JSON'):
         next(loader)
+
+
+def test_tables_of_other_runs_are_refused(data: Data) -> None:
+    with loading(data) as loader:
+        with pytest.raises(ConfigError, match='the lane table has 21 lanes, global_batch x interleave is 18; go on'):
+            loader.restore(lanes.initial(range(21), 2))
+        with pytest.raises(ConfigError, match='the lane table has no lane 12; go on with the global_batch'):
+            loader.restore(lanes.initial(range(12), 2))
+        with pytest.raises(ConfigError, match='drawn from 3 sources, the mixture has 2; go on with the mixture'):
+            loader.restore(lanes.initial(range(18), 3))
+
+
+def test_it_is_a_grain_dataset_with_a_state(data: Data, expected: list[list[bytes]]) -> None:
+    docs = open_documents(data, ByteTokenizer(), '')
+    walk = functools.partial(make_walk, data, docs, ByteTokenizer(), 1)
+    rows = pipeline.Rows(walk, lanes.initial(range(LANES), 2), plan=data.plan(1), pad=0)
+    for dataset in (rows, grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=2)):
+        with contextlib.closing(iter(dataset)) as reader:
+            start = reader.get_state()
+            read = [next(reader)['tokens'].tolist() for _ in range(3)]
+            state = reader.get_state()
+            read += [next(reader)['tokens'].tolist() for _ in range(3)]
+            for earlier, k in ((state, 3), (start, 0)):
+                reader.set_state(earlier)
+                assert [next(reader)['tokens'].tolist() for _ in range(3)] == read[k : k + 3]
 
 
 # ------------------------------------------------------------------------------------------------ the batches
@@ -192,7 +218,7 @@ def test_tables_are_the_state_after_their_batch_and_stay_as_they_are(data: Data)
         tables = [table for _, table in itertools.islice(loader, 6)]
     assert [table['step'].tolist() for table in tables] == [[i + 1] * LANES for i in range(6)]
     # The stage that begins after five steps counts its tokens anew.
-    assert [int(table['emitted'].sum()) for table in tables] == [LANES * 24 * n for n in (1, 2, 3, 4, 5, 1)]
+    assert [int(table['emitted'].sum()) for table in tables] == [ROWS * 24 * n for n in (1, 2, 3, 4, 5, 1)]
 
 
 def test_describe_says_what_is_in_a_batch(data: Data) -> None:
@@ -246,6 +272,7 @@ def test_what_may_change_when_a_run_continues(data: Data) -> None:
     ('changes', 'message'),
     [
         ({'global_batch': 0}, 'global_batch is 0; it is at least 1'),
+        ({'interleave': 0}, 'interleave is 0; it is at least 1'),
         ({'seq_len': -1}, 'seq_len is -1; it is at least 1'),
         ({'prefetch': 0}, 'prefetch is 0; it is at least 1'),
         ({'workers': -2}, 'workers is -2; it is 0 for a thread'),

@@ -1,5 +1,8 @@
 """Files of every kind give the same documents by random access, in order, and name what is wrong in them."""
 
+import contextlib
+import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -13,12 +16,14 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from pyarrow import parquet
 
-from tpu_llm.config import ConfigError
+from tpu_llm.config import ConfigError, validate
 from tpu_llm.data import files
-from tpu_llm.data.documents import Document, Documents, Head, tokens_of
-from tpu_llm.data.sources import ArrayRecord, Jsonl, Parquet, Source, Text, Tokens
+from tpu_llm.data.documents import Document, Documents, Head, Source, tokens_of
+from tpu_llm.data.loader import Data, Loader, open_documents
+from tpu_llm.data.mixture import Mixture
+from tpu_llm.data.sources import ArrayRecord, Jsonl, Parquet, Stdlib, Text, Tokens
 from tpu_llm.data.streams import in_order, shuffled
-from tpu_llm.data.tokenizer import ByteTokenizer
+from tpu_llm.data.tokenizer import Bytes, ByteTokenizer, Ids
 
 TEXTS = ['first', 'zwei λ ▁\r', ' three\t\0 ', '\ufefffour', 'five']
 
@@ -241,7 +246,7 @@ def test_records_that_are_not_text(tmp_path: Path) -> None:
     writer = ArrayRecordWriter(str(tmp_path / 'a.arrayrecord'), 'group_size:1')
     writer.write(b'\xff')
     writer.close()
-    with pytest.raises(ConfigError, match=r'a.arrayrecord, record 0: not UTF-8 text'):
+    with pytest.raises(ConfigError, match=r'a\.arrayrecord, record 0: byte 0xff is not UTF-8'):
         ArrayRecord(paths=(f'{tmp_path}/a.arrayrecord',)).open()[0]
 
 
@@ -273,3 +278,30 @@ def test_an_id_that_the_vocabulary_lacks() -> None:
         document = Document(tokens=np.asarray([5, wrong, 7]))
         with pytest.raises(ConfigError, match=f'a.bin holds id {wrong}, but the vocabulary has 259; use the tokenizer'):
             tokens_of(document, ByteTokenizer(), lambda: 'a.bin')
+
+
+# ------------------------------------------------------------------------------------------- as part of a mixture
+
+
+@pytest.mark.parametrize('write', WRITERS + ID_WRITERS)
+def test_a_run_over_any_source_goes_on_where_it_stopped(tmp_path: Path, write: Callable[[Path], Source]) -> None:
+    data = Data(mixture=Mixture(sources={'a': write(tmp_path)}), tokenizer=Bytes(), global_batch=2, seq_len=7)
+    validate(data)
+    tokenizer = Ids(vocab_size=100_000, bos=1, eos=2).make(iter(()), '') if write in ID_WRITERS else ByteTokenizer()
+    loader = Loader(data, open_documents(data, tokenizer, tmp_path), tokenizer, seed=0)
+    with contextlib.closing(loader):
+        read = [(batch.tokens.tolist(), table) for batch, table in itertools.islice(loader, 8)]
+        for k, (_, table) in enumerate(read[:-1]):
+            loader.restore(table)
+            assert next(loader)[0].tokens.tolist() == read[k + 1][0]
+
+
+def test_your_own_source_is_any_config_that_opens_documents() -> None:
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class Mine:
+        def open(self) -> Documents:
+            return Stdlib(split='heldout').open()
+
+    validate(Mixture(sources={'mine': Mine()}))
+    with pytest.raises(ConfigError, match=r'config\.sources is .*; expected dict\[str, .*Source\]'):
+        validate(Mixture(sources={'mine': 'stdlib'}))  # type: ignore[dict-item]

@@ -16,6 +16,7 @@ from tpu_llm.data import tokenizer
 from tpu_llm.data.documents import Documents
 from tpu_llm.data.tokenizer import Bytes, ByteTokenizer, Ids, Pretrained, SentencePiece, TrainedBPE
 
+NUMBERS = [' '.join(map(str, range(300)))]
 NASTY = [
     '',
     ' ',
@@ -118,7 +119,7 @@ def test_pickles_to_a_worker(bpe: SentencePiece) -> None:
 
 def test_trained_once_and_kept_in_the_workdir(tmp_path: Path) -> None:
     config = TrainedBPE(vocab_size=300)
-    first = config.make(iter([' '.join(map(str, range(300)))]), tmp_path)
+    first = config.make(iter(NUMBERS), tmp_path)
     assert [p.name for p in (tmp_path / 'tokenizer').iterdir()] == ['tokenizer.model']
     assert config.make(iter(()), tmp_path).fingerprint == first.fingerprint  # no text is read again
     assert first.vocab_size == 300
@@ -158,6 +159,7 @@ def test_ids_only_knows_the_marks() -> None:
     [
         (lambda p: Pretrained(path=f'{p}/none.model').make(iter(()), p), 'there is no tokenizer .*none.model'),
         (lambda p: Pretrained(path=f'{p}/junk.model').make(iter(()), p), 'junk.model is not a SentencePiece model'),
+        (lambda p: Pretrained(path=f'{p}/bare.model').make(iter(()), p), r'bare\.model has no begin or no end mark'),
         (
             lambda p: TrainedBPE(vocab_size=4096).make(iter(['abc']), p),
             r'cannot train 4096 pieces: .* set it to a value <= \d+',
@@ -169,6 +171,9 @@ def test_ids_only_knows_the_marks() -> None:
 )
 def test_mistakes_are_one_line(tmp_path: Path, make, message: str) -> None:
     (tmp_path / 'junk.model').write_bytes(b'junk')
+    with (tmp_path / 'bare.model').open('wb') as bare:
+        options = {'vocab_size': 30, 'bos_id': -1, 'minloglevel': 2}
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(NUMBERS), model_writer=bare, **options)
     with pytest.raises(ConfigError, match=message) as error:
         make(tmp_path)
     assert '\n' not in str(error.value)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = '''"""A run that writes down what it was given."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 from tpu_llm.config import ConfigError, machine, parse_arg
@@ -47,6 +48,10 @@ class Run:
     rate: float = 1.0
     packed: bool = True
     name: str | None = None
+    named: dict[str, Source] = dataclasses.field(default_factory=lambda: {'web': Source()})
+    make: Callable[[str], int] = len
+    either: int | str = 1
+    level: Literal[1, 2] = 1
     workers: int = machine(2)
     fails: str = ''
 
@@ -105,9 +110,13 @@ def good(folder):
         '--config.rate=3e-4',
         '--noconfig.packed',
         '--config.model.norm=layer',
+        '--config.model.window=9',
         '--config.betas=(0.8,0.9)',
+        '--config.name=Ada',
+        '--config.sources[1].weight=0.5',
+        '--config.named.web.weight=7',
     ]
-    done = launch(folder, '--config=plain.py:smoke,size=3b', *flags, '--config.sources[1].weight=0.5')
+    done = launch(folder, '--config=plain.py:smoke,size=3b', *flags)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -115,7 +124,8 @@ def good(folder):
 def test_flags_reach_the_fields_they_name(good):
     for text in ('rate=0.0003', 'packed=False', "norm='layer'", 'betas=(0.8, 0.9)', 'width=32'):
         assert text in good[1]
-    assert "Source(path='b', weight=0.5)" in good[1]
+    for text in ("Source(path='b', weight=0.5)", "Source(path='a', weight=7.0)", "name='Ada'", 'window=9'):
+        assert text in good[1]
 
 
 def test_the_default_workdir_names_the_config_and_the_maths(good):
@@ -150,6 +160,7 @@ def test_help_with_a_config_shows_its_fields_as_flags(folder):
     lines = launch(folder, '--config=plain.py', '--help').stdout.splitlines()
     assert '--config.model.width=64' in lines
     assert '--config.sources[1].weight=1.0' in lines
+    assert '--config.named.web.weight=1.0' in lines
     assert '--config.betas=(0.9, 0.95)' in lines
 
 
@@ -205,6 +216,11 @@ def test_help_with_a_config_shows_its_fields_as_flags(folder):
             ['--config=plain.py', '--config.betas=(1,2,3)'],
             'config.betas is (1, 2, 3); expected tuple[float, float]',
         ),
+        (['--config=plain.py', '--config.betas[0]=1'], 'config.betas[0] is one item of a tuple; set them all'),
+        (['--config=plain.py', '--config.named.wbe.path=c'], "and has no 'wbe'"),
+        (['--config=plain.py', '--config.make=max'], 'config.make is of a kind that no flag can set'),
+        (['--config=plain.py', '--config.either=1'], 'config.either is of a kind that no flag can set'),
+        (['--config=plain.py', '--config.level=2'], 'config.level is of a kind that no flag can set'),
         (['--config=plain.py', '--config.packed=maybe'], '--config.packed=maybe'),
         (['--config=plain.py', '--config.model.heads=5'], 'config.model: heads 5 does not divide width 64'),
         (['--config=plain.py', '--debug=maybe'], '--debug=maybe'),

@@ -111,6 +111,11 @@ def test_finished_run_does_nothing_more(unbroken, text, capsys):
     assert (workdir / 'metrics.jsonl').read_bytes() == before
 
 
+def real_vocabulary(name, array):
+    """Without the padding, which differs from mesh to mesh."""
+    return {'embed.table': array[:259], 'head.kernel': array[:, :259]}.get(name, array)
+
+
 @pytest.mark.parametrize('mesh', [Mesh(fsdp=8), Mesh(data=2, fsdp=2, tensor=2)])
 def test_restores_onto_another_mesh(unbroken, text, tmp_path, mesh):
     """A run stopped on one device goes on over eight, and ends where the unbroken one does."""
@@ -121,8 +126,9 @@ def test_restores_onto_another_mesh(unbroken, text, tmp_path, mesh):
     fit(run, tmp_path)
     run.mesh, run.hooks = mesh, ()
     state = fit(run, tmp_path)
-    for name, value in state.params.items():
-        np.testing.assert_allclose(value, expected.params[name], rtol=2e-3, atol=2e-5, err_msg=name)
+    for name in expected.params:
+        got, want = (real_vocabulary(name, np.asarray(each[name])) for each in (state.params, expected.params))
+        np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-5, err_msg=name)
 
 
 def test_a_changed_maths_field_is_refused(unbroken, text):

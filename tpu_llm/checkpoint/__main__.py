@@ -40,19 +40,23 @@ def list_command(path: str) -> int:
     columns = ('step', 'start', 'size', 'committed (UTC)', 'metrics', 'state')
     table = Table(*columns, box=box.SIMPLE_HEAD)
     for folder in existing(path):
-        step, token = commit.parse(folder)
-        try:
-            mark = commit.read_mark(folder)
-            size = _size(folder, mark) if mark else ''
-            state = 'committed' if mark else 'not finished'
-        except checksums.Damaged as error:
-            mark, size, state = None, '', f'damaged: {error}'
-        metrics = ', '.join(f'{k} {v:.4g}' for k, v in mark.metrics.items()) if mark else ''
-        time = mark.time[:19].replace('T', ' ') if mark else ''
-        table.add_row(str(step), token, size, time, metrics, state)
+        table.add_row(*_row(folder))
     width = None if sys.stdout.isatty() else 160
     Console(width=width, highlight=False).print(table)
     return 0
+
+
+def _row(folder: epath.Path) -> list[str]:
+    step, token = commit.parse(folder) if commit.is_folder_name(folder.name) else ('', folder.name)
+    try:
+        mark = commit.read_mark(folder)
+        if mark is None:
+            return [str(step), token, '', '', '', 'not finished']
+        size = _size(folder, mark)
+    except checksums.Damaged as error:
+        return [str(step), token, '', '', '', f'damaged: {error}']
+    metrics = ', '.join(f'{name} {value:.4g}' for name, value in mark.metrics.items())
+    return [str(mark.step), mark.token, size, mark.time[:19].replace('T', ' '), metrics, 'committed']
 
 
 def verify_command(path: str) -> int:
@@ -88,7 +92,7 @@ def diff_command(first: str, second: str) -> int:
 
 def existing(path: str) -> list[epath.Path]:
     """The checkpoint folders at a path, newest first. Raises CheckpointError where there are none."""
-    found = [folder for folder in reader.folders(path) if files.listing(folder)]
+    found = reader.folders(path)
     if not found:
         raise CheckpointError(f'{path} holds no checkpoint; give a workdir, or one folder in its checkpoints/')
     return found

@@ -30,8 +30,7 @@ def from_pretrained(
     model_config = config.load(manifest['config']['model'])
     if dtype is not None:
         model_config = dataclasses.replace(model_config, dtype=dtype)
-    # The vocabulary is padded for the mesh it was trained on.
-    graph = ModelGraph(model_config.make(vocab_multiple=128 * manifest['mesh']['tensor']))
+    graph = ModelGraph(model_config.make(vocab_multiple=1))  # checkpoints hold no padding
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in graph.shapes().items()}
     restored = reader.load(checkpoint, {'params': like}, part=True)

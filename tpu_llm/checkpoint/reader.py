@@ -124,5 +124,8 @@ def load(checkpoint: Checkpoint, like: Any, part: bool = False) -> Restored:
     """
     manifest = checkpoint.manifest()
     tensors.check_fit(checkpoint.folder, manifest['tensors'], tensors.describe(like), part)
-    arrays = tensors.read(checkpoint.folder, like)
+    try:
+        arrays = tensors.read(checkpoint.folder, like)
+    except ValueError as error:  # TensorStore's only kind; verified as it is, the store has gone away since.
+        raise CheckpointError(f'{checkpoint.folder} could not be read: {files.one_line(error)}') from error
     return Restored(checkpoint, arrays, lane_table.read(checkpoint.folder, checkpoint.processes), manifest)

@@ -74,7 +74,7 @@ def resume(workdir: epath.PathLike, like: dict[str, Any], origin: Origin, *, con
         parent = _find_given('parent', origin.parent)
         restored = _load(parent, like, tokenizer)
         changed = config_lib.diff(restored.manifest['config'], config)
-        same_data = not any(f'{change.path}.'.startswith(f'{_DATA}.') for change in changed)
+        same_data = not any(c.mark == 'maths' and f'{c.path}.'.startswith(f'{_DATA}.') for c in changed)
         table = restored.lanes if same_data else None
         return Resumed('parent', parent.step, restored.arrays, table, parent.folder)
     if origin.weights:

@@ -5,6 +5,7 @@ waits for one that gave up. A process that failed leaves no checksums, and witho
 commit.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from etils import epath
 
 from tpu_llm.checkpoint import agree, checksums, commit, files, tensors
 from tpu_llm.checkpoint.fence import Fence
+
+_BARRIERS = itertools.count()  # A save that failed may be tried again, a barrier's name may not.
 
 
 class Saving:
@@ -44,7 +47,7 @@ class Saving:
                     phase()
                 except Exception as error:
                     self._error = error
-            agree.barrier(f'{self.folder.name}{phase.__name__}')
+            agree.barrier(f'{self.folder.name}{phase.__name__}{next(_BARRIERS)}')
         if self._error:
             raise self._error
 

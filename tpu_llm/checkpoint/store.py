@@ -87,7 +87,12 @@ class Store:
             raise
         if jax.process_index() == 0:
             logger.info('committed %s after %.1f s', saving.folder, time.monotonic() - start)
-            self._retire()
+            try:
+                self._retire()
+            except Superseded:
+                raise
+            except (OSError, CheckpointError) as error:  # All that is kept too long is disk space.
+                logger.warning('an old checkpoint could not be removed: %s', files.one_line(error))
 
     def _retire(self) -> None:
         """Removes what no rule keeps, and what older starts left half-written or damaged past its mark."""

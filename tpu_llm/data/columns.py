@@ -1,7 +1,7 @@
 """Parquet and ArrayRecord files."""
 
 import dataclasses
-import functools
+import threading
 from typing import Any
 
 import numpy as np
@@ -65,20 +65,26 @@ class _Rows:
         if column not in names:
             raise ConfigError(f'{file} has no column {column!r}; it has {", ".join(names)}')
         self._ends = np.cumsum([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)])
-        self._group = functools.lru_cache(maxsize=2)(self._read_group)
+        self._lock, self._held = threading.Lock(), (-1, None)  # threads that read in order share a row group
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def value(self, i: int) -> Any:
         group = int(np.searchsorted(self._ends, i, side='right'))
-        return self._group(group)[i - int(self._ends[group])].as_py()
+        return self._read(group)[i - int(self._ends[group])].as_py()
 
-    def _read_group(self, group: int) -> Any:
+    def _read(self, group: int) -> Any:
         from pyarrow import parquet
 
-        with self._file.open('rb') as stream:
-            return parquet.ParquetFile(stream).read_row_group(group, columns=[self._column]).column(0)
+        with self._lock:
+            held, values = self._held
+            if held != group:
+                with self._file.open('rb') as stream:
+                    table = parquet.ParquetFile(stream).read_row_group(group, columns=[self._column])
+                values = table.column(0)
+                self._held = group, values
+            return values
 
     def __reduce__(self):
         return _Rows, (self._file, self._column)
@@ -109,8 +115,8 @@ class _ArrayRecord(FileDocuments):
     def record(self, file: epath.Path, index: Any, i: int) -> Document:
         try:
             return Document(text=index[i].decode('utf-8'))
-        except UnicodeDecodeError:
-            raise BadRecord(f'{self.record_name(file, index, i)}: not UTF-8 text') from None
+        except UnicodeDecodeError as error:
+            raise documents.not_utf8(self.record_name(file, index, i), error) from None
 
     def record_name(self, file: epath.Path, index: Any, i: int) -> str:
         return f'{file}, record {i}'

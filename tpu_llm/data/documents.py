@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence, Sized
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -34,13 +34,14 @@ class Document:
 
 
 class Documents(abc.ABC):
-    """A source, opened: `len(docs)`, `docs[i]`, `docs.name(i)`; pickles to a worker process.
+    """A source, opened: `len(docs)`, `docs[i]`, `docs.name(i)`, from any thread; pickles to a worker process.
 
-    `fingerprint` is equal for equal content and costs no reading of large files; it is the key of the token cache.
+    `fingerprint` changes when the content does, and is known without reading large files: the token cache's key.
     """
 
     fingerprint: str
     on_bad: OnBad = 'stop'
+    tokenized = False  # whether it is files of ids already, of which a cache would be a copy
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -66,6 +67,13 @@ class Documents(abc.ABC):
                 raise BadRecord(f"{error} (on_bad='skip' passes over such records)") from None
             _log.warning('skipped %s', error)
             return None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What a mixture is made of: a config that opens documents."""
+
+    def open(self) -> Documents: ...
 
 
 class Head(Documents):
@@ -209,11 +217,5 @@ def is_remote(path: epath.PathLike) -> bool:
     return '://' in str(path)
 
 
-def decode(data: bytes, path: epath.Path, *, line: int = 1) -> str:
-    """UTF-8 text, every byte kept. `line` is the line of the file on which `data` starts; raises BadRecord."""
-    try:
-        return data.decode('utf-8')
-    except UnicodeDecodeError as error:
-        line += data.count(b'\n', 0, error.start)
-        byte = f'byte 0x{data[error.start]:02x}'
-        raise BadRecord(f'{path}, line {line}: {byte} is not UTF-8; convert the file') from None
+def not_utf8(where: str, error: UnicodeDecodeError) -> BadRecord:
+    return BadRecord(f'{where}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file')

@@ -43,7 +43,12 @@ class _Whole(FileDocuments):
         return range(1 if file.stat().length else 0)
 
     def record(self, file: epath.Path, index: Any, i: int) -> Document:
-        return Document(text=documents.decode(file.read_bytes(), file))
+        data = file.read_bytes()
+        try:
+            return Document(text=data.decode('utf-8'))
+        except UnicodeDecodeError as error:
+            line = 1 + data.count(b'\n', 0, error.start)
+            raise documents.not_utf8(f'{file}, line {line}', error) from None
 
     def record_name(self, file: epath.Path, index: Any, i: int) -> str:
         return str(file)
@@ -60,10 +65,9 @@ class _Lines(FileDocuments):
         try:
             return self.parse(data.decode('utf-8'))
         except UnicodeDecodeError as error:
-            problem = f'byte 0x{data[error.start]:02x} is not UTF-8; convert the file'
+            raise documents.not_utf8(self.record_name(file, index, i), error) from None
         except ValueError as error:
-            problem = str(error)
-        raise BadRecord(f'{self.record_name(file, index, i)}: {problem}')
+            raise BadRecord(f'{self.record_name(file, index, i)}: {error}') from None
 
     def parse(self, line: str) -> Document:
         """Raises ValueError that says what is wrong with the line."""

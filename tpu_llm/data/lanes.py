@@ -1,16 +1,20 @@
 """Lanes: the fixed walks over documents of which the rows of every global batch are made.
 
-Lane j of a batch of G rows reads, as its c-th document of a source, document `c * G + j` of that source's endless
-shuffled stream. So lanes never share a document within an epoch, and together they read each stream without a
-gap. A lane takes its next document from the source that lags its weight most (`mixture.most_behind`), counted in tokens
-since the stage began. Lanes start with different pseudo-random debts, so that they do not all turn to the same source
-at once.
+A batch of G rows has L = G * interleave lanes: lanes j, j + G, j + 2 G … take turns at row j, one step each. Lane j
+reads, as its c-th document of a source, document `c * L + j` of that source's endless shuffled stream. So lanes
+never share a document within an epoch, and together they read each stream without a gap. A lane takes its next
+document from the source that lags its weight most (`mixture.most_behind`), counted in tokens since the stage began.
+Lanes start with different pseudo-random debts, so that they do not all turn to the same source at once.
+
+Interleaving is for documents that span many rows: with 1, a row's place reads one of them for as many steps on end,
+and neighbouring batches are of the same few documents.
 
 The state of a lane is a few integers (its step, the documents and tokens taken of each source, and where in which
 document it stands); the states of all lanes are the *lane table*, which a checkpoint stores and any split over hosts
 and workers can go on from.
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -57,53 +61,65 @@ def select(table: Table, lanes: Iterable[int]) -> Table:
     wanted = sorted(int(lane) for lane in lanes)
     missing = [lane for lane in wanted if lane not in at]
     if missing:
-        raise ConfigError(f'the lane table has no lane {missing[0]}; it was saved with another global_batch')
+        raise ConfigError(
+            f'the lane table has no lane {missing[0]}; go on with the global_batch and interleave it was saved with'
+        )
     return {key: column[[at[lane] for lane in wanted]] for key, column in table.items()}
 
 
-class Walk:
-    """Some lanes, walked one row at a time."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What all lanes of a run have in common."""
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        streams: Sequence[Stream],
-        table: Table,
-        *,
-        seed: int,
-        global_batch: int,
-        seq_len: int,
-        overlong: Overlong,
-    ):
-        assert len(streams) == table['drawn'].shape[1] == len(mixture.sources)
-        self._names = list(mixture.sources)
+    mixture: Mixture
+    seed: int
+    global_batch: int
+    interleave: int
+    seq_len: int
+    overlong: Overlong
+
+    @property
+    def lanes(self) -> int:
+        return self.global_batch * self.interleave
+
+    def of_rows(self, rows: Iterable[int]) -> list[int]:
+        """The lanes that take turns at some rows."""
+        return sorted(row + turn * self.global_batch for row in rows for turn in range(self.interleave))
+
+
+class Walk:
+    """Some lanes, walked one step at a time; whoever has a row's lane has all that take turns at it."""
+
+    def __init__(self, plan: Plan, streams: Sequence[Stream], table: Table):
+        assert len(streams) == table['drawn'].shape[1] == len(plan.mixture.sources)
+        self._plan = plan
+        self._names = list(plan.mixture.sources)
         self._streams = streams
-        self._stages = mixture.stages()
+        self._stages = plan.mixture.stages()
         self._table = {key: column.copy() for key, column in table.items()}
         self._documents: list[tuple[np.ndarray, int] | None] = [None] * len(table['lane'])
-        self._global_batch = global_batch
-        self._seq_len = seq_len
-        self._overlong = overlong
+        turns = table['lane'] // plan.global_batch
+        self._turns = [np.flatnonzero(turns == turn).tolist() for turn in range(plan.interleave)]
         phases = [stream.mean_length() if len(streams) > 1 else 0.0 for stream in streams]
         self._debts = [
-            [uniform(seed, 'debt', int(lane), name) * phase for name, phase in zip(self._names, phases, strict=True)]
-            for lane in table['lane']
+            [uniform(plan.seed, 'debt', lane, name) * phase for name, phase in zip(self._names, phases, strict=True)]
+            for lane in table['lane'].tolist()
         ]
-
-    def __len__(self) -> int:
-        return len(self._documents)
 
     def state(self) -> Table:
         return {key: column.copy() for key, column in self._table.items()}
 
     def step(self) -> list[list[Piece]]:
-        """The next row of each lane, as the pieces that fill it."""
-        return [self._row(i) for i in range(len(self))]
+        """The next row of each place in the batch, as the pieces that fill it."""
+        done = int(self._table['step'][0])
+        if any(done == first for first, _ in self._stages):
+            self._table['emitted'][:] = 0
+        rows = [self._row(i) for i in self._turns[done % self._plan.interleave]]
+        self._table['step'] += 1
+        return rows
 
     def _row(self, i: int) -> list[Piece]:
-        table, row, free = self._table, [], self._seq_len
-        if any(table['step'][i] == first for first, _ in self._stages):
-            table['emitted'][i] = 0
+        table, row, free = self._table, [], self._plan.seq_len
         while free:
             ids, document = self._current(i)
             source, start = int(table['source'][i]), int(table['offset'][i])
@@ -114,7 +130,6 @@ class Walk:
             table['offset'][i] = stop
             if stop == len(ids) - 1:
                 table['source'][i], table['offset'][i], self._documents[i] = _NONE, 0, None
-        table['step'][i] += 1
         return row
 
     def _current(self, i: int) -> tuple[np.ndarray, int]:
@@ -144,22 +159,22 @@ class Walk:
                 return document
         raise ConfigError(
             f'{_IN_VAIN} documents in a row of source {self._names[source]!r} are bad or longer than the context of '
-            f"{self._seq_len}; mend the source or use overlong='split'"
+            f"{self._plan.seq_len}; mend the source or use overlong='split'"
         )
 
     def _take(self, i: int) -> tuple[np.ndarray, int] | None:
         """The document that lane i drew last, as `overlong` wants it, and its number; None if it is unusable."""
         source, lane = int(self._table['source'][i]), int(self._table['lane'][i])
         stream = self._streams[source]
-        number = stream.number((int(self._table['drawn'][i, source]) - 1) * self._global_batch + lane)
+        number = stream.number((int(self._table['drawn'][i, source]) - 1) * self._plan.lanes + lane)
         ids = stream.ids(number)
-        if ids is None or len(ids) - 1 <= self._seq_len or self._overlong == 'split':
+        if ids is None or len(ids) - 1 <= self._plan.seq_len or self._plan.overlong == 'split':
             return None if ids is None else (ids, number)
-        if self._overlong == 'truncate':
-            return ids[: self._seq_len + 1], number
-        if self._overlong == 'drop':
+        if self._plan.overlong == 'truncate':
+            return ids[: self._plan.seq_len + 1], number
+        if self._plan.overlong == 'drop':
             return None
         raise ConfigError(
-            f'{stream.name(number)} is {len(ids) - 1} positions long, more than the context of {self._seq_len}; '
+            f'{stream.name(number)} is {len(ids) - 1} positions long, more than the context of {self._plan.seq_len}; '
             "use overlong='split', 'truncate' or 'drop', or a longer seq_len"
         )

@@ -5,12 +5,12 @@ import hashlib
 from collections.abc import Sequence
 
 from tpu_llm.config import ConfigError, nearest
-from tpu_llm.data.sources import Source
+from tpu_llm.data.documents import Source
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Mixture:
-    """Named sources, and from each given step on the shares of the tokens that they get.
+    """Named sources, and the shares of the tokens that they get once so many steps are done.
 
         Mixture(
             sources={'web': Jsonl(paths=('gs://b/web/*.jsonl',)), 'code': Text(paths=('src/**/*.py',))},

@@ -1,6 +1,6 @@
 """The lanes as a Grain dataset: read ahead by a thread, or divided among worker processes.
 
-An element is one row of each lane that this reader walks, with the lanes' state after it. The state travels with
+An element is this reader's rows of one step, with the state of their lanes after it. The state travels with
 the rows, so it is right however far the readers run ahead.
 """
 
@@ -24,14 +24,15 @@ _SHARED = 1 << 20
 class Rows(grain.IterDataset):
     """Endless; `make(table)` opens the sources and returns the walk of the table's lanes."""
 
-    def __init__(self, make: Callable[[lanes.Table], lanes.Walk], table: lanes.Table, *, seq_len: int, pad: int):
+    def __init__(self, make: Callable[[lanes.Table], lanes.Walk], table: lanes.Table, *, plan: lanes.Plan, pad: int):
         super().__init__()
-        self.make, self.table, self.seq_len, self.pad = make, table, seq_len, pad
+        self.make, self.table, self.plan, self.pad = make, table, plan, pad
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
-        """Grain's call to divide a dataset among workers: worker i of n walks lanes i, i + n, …"""
+        """Grain's call to divide a dataset among workers: worker i of n has the i-th of every n rows."""
         assert not sequential_slice
-        self.table = {key: column[sl] for key, column in self.table.items()}
+        rows = np.unique(self.table['lane'] % self.plan.global_batch)
+        self.table = lanes.select(self.table, self.plan.of_rows(rows[sl].tolist()))
 
     def __iter__(self) -> '_RowsIterator':
         return _RowsIterator(self)
@@ -48,7 +49,7 @@ class _RowsIterator(grain.DatasetIterator):
         if self._walk is None:
             self._walk = self._rows.make(self._table)
         packed = self._walk.step()
-        batch = packing.fill(packed, len(packed), self._rows.seq_len, self._rows.pad)
+        batch = packing.fill(packed, len(packed), self._rows.plan.seq_len, self._rows.pad)
         return {
             'tokens': batch.tokens,
             'targets': batch.targets,
@@ -83,7 +84,7 @@ def read_ahead(rows: Rows, *, workers: int, prefetch: int) -> Closing:
     # if that is more than a pipe holds (64 KiB).
     with tempfile.NamedTemporaryFile(prefix='tpu_llm-', delete=False) as file:
         pickle.dump(rows.make, file)
-    sent = Rows(functools.partial(_make_from, file.name), rows.table, seq_len=rows.seq_len, pad=rows.pad)
+    sent = Rows(functools.partial(_make_from, file.name), rows.table, plan=rows.plan, pad=rows.pad)
     options = grain.experimental.DatasetOptions(min_shm_size=_SHARED)
     dataset = grain.experimental.WithOptionsIterDataset(sent, options)
     multi = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
@@ -96,7 +97,7 @@ def _make_from(file: str, table: lanes.Table) -> lanes.Walk:
 
 
 class Joined:
-    """Joins what the workers make of one step: row k of worker i is lane i + k * workers."""
+    """Joins what the workers make of one step: row k of worker i is row i + k * workers."""
 
     def __init__(self, parts: grain.DatasetIterator, workers: int, file: Path):
         self._parts, self._workers, self._file = parts, workers, file

@@ -1,9 +1,8 @@
-"""The kinds of source a mixture may hold; each is a config with `open() -> Documents`."""
+"""The kinds of source there are, for config pages; your own is any config with `open() -> Documents`."""
 
 from tpu_llm.data.columns import ArrayRecord, Parquet
 from tpu_llm.data.files import Jsonl, Text
 from tpu_llm.data.stdlib import Stdlib
 from tpu_llm.data.tokens import Tokens
 
-Source = Stdlib | Text | Jsonl | Parquet | ArrayRecord | Tokens
-__all__ = ['ArrayRecord', 'Jsonl', 'Parquet', 'Source', 'Stdlib', 'Text', 'Tokens']
+__all__ = ['ArrayRecord', 'Jsonl', 'Parquet', 'Stdlib', 'Text', 'Tokens']

@@ -148,9 +148,12 @@ def load(path: epath.PathLike) -> SentencePiece:
     if not path.exists():
         raise ConfigError(f'there is no tokenizer {path}; give the path of a SentencePiece .model file')
     try:
-        return SentencePiece(path.read_bytes())
+        tokenizer = SentencePiece(path.read_bytes())
     except RuntimeError:
         raise ConfigError(f'{path} is not a SentencePiece model') from None
+    if min(tokenizer.bos, tokenizer.eos) < 0:
+        raise ConfigError(f'{path} has no begin or no end mark (bos, eos), which documents are framed by')
+    return tokenizer
 
 
 def publish(path: epath.Path, data: bytes) -> None:

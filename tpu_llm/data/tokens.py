@@ -29,6 +29,8 @@ class Tokens:
 
 
 class _Flat(FileDocuments):
+    tokenized = True
+
     def __init__(self, paths: tuple[str, ...], end: int, dtype: str):
         super().__init__('tokens', paths, 'stop', end, dtype)
         self._end, self._dtype = end, dtype

@@ -58,6 +58,8 @@ class Generator:
             raise ConfigError(f'max_new_tokens is {max_new_tokens}; it must be at least 1')
         self.tokenizer = tokenizer
         self.layout = layout
+        self.max_new_tokens = max_new_tokens
+        self.max_length: int = graph.bind(graph.shapes()).max_length
         # Scanned weights are sliced again for every token; on a CPU that costs more than the matmuls.
         unstack = _platform(layout) == 'cpu'
 
@@ -72,10 +74,16 @@ class Generator:
         self._program = Compiled('generate', run, out_shardings=layout.replicated if layout else None)
 
     def __call__(self, weights: Mapping[str, Array], prompts: Sequence[str], *, seed: int = 0) -> list[str]:
-        """One continuation a prompt. Raises ValueError where there is no prompt."""
+        """One continuation a prompt. Raises ValueError where there is no prompt or no place for it."""
         if not prompts:
             raise ValueError('there is no prompt to continue; give at least one')
         ids = [np.concatenate([[self.tokenizer.bos], self.tokenizer.encode(prompt)]) for prompt in prompts]
+        length = max(map(len, ids)) + self.max_new_tokens
+        if 0 < self.max_length < length:
+            raise ConfigError(
+                f'the longest prompt and max_new_tokens = {self.max_new_tokens} are {length} tokens together but the '
+                f'model has {self.max_length} learned positions; shorten one of them'
+            )
         tokens, segments = pad_left(ids, rows=self._rows(len(ids)), pad=self.tokenizer.pad)
         out = np.asarray(self._program(weights, tokens, segments, jax.random.key(seed)))
         return [self.tokenizer.decode(_until(row, self.tokenizer.eos)) for row in out[: len(prompts)]]

@@ -5,12 +5,11 @@ chunk by chunk while the logits are at hand, and the backward pass only scales t
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
-from tpu_llm.arrays import Array, Float, Int
+from tpu_llm.arrays import AnyArray, Array, Float, Int
 from tpu_llm.parallel import sharding
 
 
@@ -32,8 +31,8 @@ class Options:
 def cross_entropy(
     hidden: Float[Array, 'B T D'],
     kernel: Float[Array, 'D V'],
-    targets: Int[Array, 'B T'],
-    weights: Float[Array, 'B T'],
+    targets: Int[AnyArray, 'B T'],
+    weights: Float[AnyArray, 'B T'],
     options: Options,
     dtype: jnp.dtype,
 ) -> tuple[Float[Array, ''], Float[Array, '']]:
@@ -60,8 +59,7 @@ def _auto_chunk(rows: int, length: int, vocab: int) -> int:
     return max(n for n in range(1, length + 1) if length % n == 0 and (n == 1 or n <= fits))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _loss(hidden, kernel, targets, weights, options, dtype):
+def _plain(hidden, kernel, targets, weights, options, dtype) -> tuple[Array, Array]:
     def body(sums, chunk):
         loss, nll, _ = _chunk(chunk, kernel.astype(dtype), options)
         return (sums[0] + loss, sums[1] + nll), None
@@ -94,6 +92,7 @@ def _backward(options, dtype, gradients, cotangents):
     return scale * d_hidden, scale * d_kernel, None, None
 
 
+_loss = jax.custom_vjp(_plain, nondiff_argnums=(4, 5))
 _loss.defvjp(_forward, _backward)
 
 

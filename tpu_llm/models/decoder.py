@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from tpu_llm.arrays import Array, Float, Int, Key
+from tpu_llm.arrays import AnyArray, Array, Float, Int, Key
 from tpu_llm.config import ConfigError, machine
 from tpu_llm.kernels.attention import IMPLS
 from tpu_llm.nn.attention import Attention, Context
@@ -158,6 +158,7 @@ class Decoder(nnx.Module):
         self.vocab_size = config.vocab_size
         self.head_dim = config.head_dim
         self.kv_heads = config.kv_heads
+        self.max_length = config.max_length
         self.rope_theta = config.rope_theta if config.position == 'rope' else 0.0
         self.logit_softcap = config.logit_softcap
         self.dtype: str = config.dtype
@@ -178,25 +179,33 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, 'B T'],
+        tokens: Int[AnyArray, 'B T'],
         *,
-        segments: Int[Array, 'B T'] | None = None,
-        positions: Int[Array, 'B T'] | None = None,
+        segments: Int[AnyArray, 'B T'] | None = None,
+        positions: Int[AnyArray, 'B T'] | None = None,
     ) -> Float[Array, 'B T V']:
         """Logits of the next token, float32. Segment 0 is padding; tokens of equal segments see each other."""
         return self.logits(self.hidden(tokens, segments=segments, positions=positions))
 
     def hidden(
         self,
-        tokens: Int[Array, 'B T'],
+        tokens: Int[AnyArray, 'B T'],
         *,
-        segments: Int[Array, 'B T'] | None = None,
-        positions: Int[Array, 'B T'] | None = None,
+        segments: Int[AnyArray, 'B T'] | None = None,
+        positions: Int[AnyArray, 'B T'] | None = None,
         dropout_key: Key[Array, ''] | None = None,
     ) -> Float[Array, 'B T D']:
-        """The last hidden states after the final norm, float32. Dropout only happens where a key is given."""
-        segments = jnp.ones_like(tokens) if segments is None else segments
-        positions = from_segments(segments) if positions is None else positions
+        """The last hidden states after the final norm, float32. Dropout only happens where a key is given.
+
+        Raises ValueError for rows longer than the learned positions.
+        """
+        if 0 < self.max_length < tokens.shape[1]:
+            raise ValueError(
+                f'rows of {tokens.shape[1]} tokens are longer than the {self.max_length} learned positions'
+            )
+        tokens = jnp.asarray(tokens)
+        segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments)
+        positions = from_segments(segments) if positions is None else jnp.asarray(positions)
         context = self._context(segments, positions, dropout_key=dropout_key)
         return self._run(tokens, context)[0]
 

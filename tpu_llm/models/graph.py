@@ -19,7 +19,7 @@ class ModelGraph:
         self.paths = [path for path, _ in nnx.to_flat_state(state)]
         assert len(self.paths) == len(self.leaves), 'a model holds parameters only'
 
-    def bind(self, weights: Mapping[str, Array]) -> Any:
+    def bind(self, weights: Mapping[str, Array | jax.ShapeDtypeStruct]) -> Any:
         leaves = [leaf.replace(weights[name]) for name, leaf in self.leaves.items()]
         return nnx.merge(self.graph, nnx.from_flat_state(list(zip(self.paths, leaves, strict=True))))
 

@@ -57,10 +57,10 @@ class Attention(nnx.Module):
         impl: str,
     ):
         sizes = {'D': width, 'N': heads, 'K': kv_heads, 'H': head_dim}
-        self.query = Einsum('BTD,DNH->BTNH', bias=bias, **sizes)
-        self.key = Einsum('BTD,DKH->BTKH', bias=bias, **sizes)
-        self.value = Einsum('BTD,DKH->BTKH', bias=bias, **sizes)
-        self.out = Einsum('BTNH,NHD->BTD', bias=bias, init=out_init, **sizes)
+        self.query = Einsum('BTD,DNH->BTNH', sizes, bias=bias)
+        self.key = Einsum('BTD,DKH->BTKH', sizes, bias=bias)
+        self.value = Einsum('BTD,DKH->BTKH', sizes, bias=bias)
+        self.out = Einsum('BTNH,NHD->BTD', sizes, bias=bias, init=out_init)
         self.window = window
         self.softcap = softcap
         self.dropout = dropout

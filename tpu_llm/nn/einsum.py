@@ -1,7 +1,8 @@
 """Linear maps written as einsums: one string gives the shape, the fan-in and the dims for sharding."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,13 @@ from tpu_llm.parallel import sharding
 
 
 class Einsum(nnx.Module):
-    """`Einsum('BTD,DNH->BTNH', D=512, N=8, H=64)`: y = einsum(spec, x, kernel) (+ bias).
+    """`Einsum('BTD,DNH->BTNH', {'D': 512, 'N': 8, 'H': 64})`: y = einsum(spec, x, kernel) (+ bias).
 
     The kernel's dims are the spec's second operand. It is drawn with standard deviation 1/sqrt(fan-in), the fan-in
     being the product of the dims that are summed over. The kernel is float32 and cast to x's dtype at use.
     """
 
-    def __init__(self, spec: str, *, bias: bool = False, init: Init | None = None, **sizes: int):
+    def __init__(self, spec: str, sizes: Mapping[str, int], *, bias: bool = False, init: Init | None = None):
         inputs, output = spec.split('->')
         _, dims = inputs.split(',')
         summed = [letter for letter in dims if letter not in output]
@@ -58,7 +59,7 @@ def project(x: Float[Array, 'B T D'], maps: Sequence[nnx.Module]) -> list[Float[
     ]
 
 
-def _joins(maps: Sequence[nnx.Module]) -> bool:
+def _joins(maps: Sequence[nnx.Module]) -> TypeGuard[Sequence[Einsum]]:
     # A wrapped map (LoRA, a quantized one) has its own way to multiply.
     if not all(type(each) is Einsum and each.spec.startswith('BTD,D') for each in maps):
         return False

@@ -28,9 +28,9 @@ class MLP(nnx.Module):
     def __init__(self, kind: MLPKind, width: int, hidden: int, *, bias: bool, out_init: Init):
         self.kind: MLPKind = kind
         sizes = {'D': width, 'F': hidden}
-        self.gate = Einsum('BTD,DF->BTF', bias=bias, **sizes) if kind in ('swiglu', 'geglu') else None
-        self.up = Einsum('BTD,DF->BTF', bias=bias, **sizes)
-        self.down = Einsum('BTF,FD->BTD', bias=bias, init=out_init, **sizes)
+        self.gate = Einsum('BTD,DF->BTF', sizes, bias=bias) if kind in ('swiglu', 'geglu') else None
+        self.up = Einsum('BTD,DF->BTF', sizes, bias=bias)
+        self.down = Einsum('BTF,FD->BTD', sizes, bias=bias, init=out_init)
 
     def __call__(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
         act = ACTIVATIONS[self.kind]

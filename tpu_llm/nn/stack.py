@@ -83,12 +83,13 @@ class Stack(nnx.Module):
         layers = first + jnp.arange(self.repeats * len(graphs)).reshape(self.repeats, len(graphs))
         runs = [rematerialised(_block_fn(graph), self.remat, context) for graph in graphs]
 
-        def one_period(x: Array, scanned: Any) -> tuple[Array, list[LayerCache | None]]:
+        def one_period(x: Array, scanned: Any) -> tuple[Array, list[LayerCache]]:
             states, layers, caches = scanned
-            new = []
+            new: list[LayerCache] = []
             for i, run in enumerate(runs):
                 x, cache = run(states[i], x, context, layers[i], caches[i])
-                new.append(cache)
+                if cache is not None:
+                    new.append(cache)
             return x, new
 
         unroll = self.repeats if self.unroll == 0 else min(self.unroll, self.repeats)
@@ -142,7 +143,7 @@ def _at_layer(block: nnx.Module, layer: int) -> nnx.Module:
 
 
 def _stacked(block: nnx.Module, layers: tuple[int, ...]) -> nnx.Module:
-    def stack(p: nnx.Param) -> nnx.Param:
+    def stack(p: nnx.Param) -> nnx.Variable:
         shape = jax.ShapeDtypeStruct((len(layers), *p.shape), p.dtype)
         return p.replace(shape, layers=layers, dims='L' + p.get_metadata('dims'))
 
@@ -150,14 +151,14 @@ def _stacked(block: nnx.Module, layers: tuple[int, ...]) -> nnx.Module:
 
 
 def _slice(block: nnx.Module, index: int) -> nnx.Module:
-    def take(p: nnx.Param) -> nnx.Param:
+    def take(p: nnx.Param) -> nnx.Variable:
         meta = p.get_metadata()
         return p.replace(p.get_value()[index], layers=(meta['layers'][index],), dims=meta['dims'][1:])
 
     return _remake(block, take)
 
 
-def _remake(block: nnx.Module, change: Callable[[nnx.Param], nnx.Param]) -> nnx.Module:
+def _remake(block: nnx.Module, change: Callable[[nnx.Param], nnx.Variable]) -> nnx.Module:
     graph, state = nnx.split(block)
     changed = jax.tree.map(change, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return nnx.merge(graph, changed)

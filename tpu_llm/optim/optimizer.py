@@ -8,9 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 from optax import contrib
 
+from tpu_llm.arrays import Array
 from tpu_llm.config import ConfigError
 from tpu_llm.optim.schedule import Schedule
 
@@ -21,10 +24,6 @@ class ParamInfo:
 
     dims: str
     summed: str  # the dims a linear map sums over; empty for what is no linear map
-
-    @property
-    def is_matrix(self) -> bool:
-        return len(self.dims.removeprefix('L')) > 1
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -66,7 +65,7 @@ class Optimizer:
                 raise ConfigError(f'optimizer group {group.match!r} matches none of the {len(infos)} parameters')
         rates = {path: self._factor(path, 'learning_rate') for path in infos}
         decays = {
-            path: self.weight_decay * self._factor(path, 'weight_decay') * info.is_matrix
+            path: self.weight_decay * self._factor(path, 'weight_decay') * _is_matrix(path, info)
             for path, info in infos.items()
         }
         chain = [optax.clip_by_global_norm(self.clip)] if self.clip else []
@@ -122,7 +121,7 @@ class Lion(Optimizer):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Adafactor(Optimizer):
-    """Second moments kept as rows and columns (Shazeer and Stern, 2018, arXiv 1804.04235); steps of at most unit RMS."""
+    """Second moments kept as rows and columns (Shazeer and Stern, 2018, arXiv 1804.04235); RMS at most 1."""
 
     decay_rate: float = 0.8
     min_factored: int = 128  # dims shorter than this keep their full second moment
@@ -150,17 +149,25 @@ class Muon(Optimizer):
     def direction(self, infos: Mapping[str, ParamInfo]) -> optax.GradientTransformation:
         shapes = {path: _matrix_dims(info) for path, info in infos.items()}
 
-        def dims_of(updates: Mapping[str, Any]) -> dict[str, Any]:
-            # optax hides the other group's entries behind MaskedNode, and wants it back in their places.
+        # optax hides the other group's entries behind MaskedNode, and wants it back in their places.
+        def dims_of(updates: Any) -> Any:
             return {p: u if isinstance(u, optax.MaskedNode) else shapes[p] for p, u in updates.items()}
+
+        def to_adams_size(updates: Any, params: Any) -> Any:
+            return jax.tree.map(_scale_to_rms, updates, dims_of(updates))
 
         muon = optax.chain(
             contrib.scale_by_muon(beta=self.momentum, weight_dimension_numbers=dims_of),
-            contrib.scale_by_shape(weight_dimension_numbers=dims_of, consistent_rms=0.2),
+            optax.stateless(to_adams_size),
         )
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
         labels = {path: 'muon' if shapes[path] else 'adam' for path in infos}
         return optax.partition({'adam': adam, 'muon': muon}, labels)
+
+
+def _is_matrix(path: str, info: ParamInfo) -> bool:
+    # A bias may have two dims as well: one number for each head and place ('NH').
+    return len(info.dims.removeprefix('L')) > 1 and not path.endswith('.bias')
 
 
 def _matrix_dims(info: ParamInfo) -> contrib.MuonDimensionNumbers | None:
@@ -172,8 +179,14 @@ def _matrix_dims(info: ParamInfo) -> contrib.MuonDimensionNumbers | None:
     return contrib.MuonDimensionNumbers(rows, columns) if columns else None
 
 
+def _scale_to_rms(update: Array, dims: contrib.MuonDimensionNumbers) -> Array:
+    """An orthogonal step, scaled to a root mean square of 0.2 an entry."""
+    rows, columns = (int(np.prod(np.take(update.shape, axes))) for axes in dims)
+    return 0.2 * max(rows, columns) ** 0.5 * update
+
+
 def _add_decay(decays: Mapping[str, float]) -> optax.GradientTransformation:
-    def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+    def update(updates: Any, params: Any) -> Any:
         assert params is not None
         return {path: u + decays[path] * params[path] if decays[path] else u for path, u in updates.items()}
 
@@ -181,4 +194,7 @@ def _add_decay(decays: Mapping[str, float]) -> optax.GradientTransformation:
 
 
 def _scale_each(rates: Mapping[str, float]) -> optax.GradientTransformation:
-    return optax.stateless(lambda updates, params: {path: rates[path] * u for path, u in updates.items()})
+    def update(updates: Any, params: Any) -> Any:
+        return {path: rates[path] * u for path, u in updates.items()}
+
+    return optax.stateless(update)

@@ -34,14 +34,15 @@ class Schedule:
             raise ConfigError(
                 f'schedule: warmup = {self.warmup} does not end within the {steps} steps; lower one or raise the other'
             )
-        after = steps - self.warmup
+        # The first step after the warm-up takes the peak, the last one the final rate.
+        fall = max(1, steps - self.warmup - 1)
         if self.decay == 'cosine':
-            tail = optax.cosine_decay_schedule(self.peak, after, alpha=self.final)
+            tail = optax.cosine_decay_schedule(self.peak, fall, alpha=self.final)
         elif self.decay == 'linear':
-            tail = optax.linear_schedule(self.peak, self.peak * self.final, after)
+            tail = optax.linear_schedule(self.peak, self.peak * self.final, fall)
         elif self.decay == 'wsd':
-            falling = max(1, round(steps * self.cooldown))
-            tail = optax.linear_schedule(self.peak, self.peak * self.final, falling, max(0, after - falling))
+            cooldown = min(fall, max(1, round(steps * self.cooldown)))
+            tail = optax.linear_schedule(self.peak, self.peak * self.final, cooldown, fall - cooldown)
         else:
             tail = optax.constant_schedule(self.peak)
         if not self.warmup:

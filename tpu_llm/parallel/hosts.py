@@ -50,7 +50,8 @@ def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
 def assemble(local: np.ndarray, rows: np.ndarray, total: int, sharding: NamedSharding) -> Array:
     """The global array of `total` rows of which this host holds `local` (its sorted `rows`)."""
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         first, *rest = index
         start, stop, _ = first.indices(total)
         at = int(np.searchsorted(rows, start))

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ class Mesh:
         if list(sizes.values()).count(-1) > 1:
             raise ConfigError(f'mesh {self} has more than one axis of -1; only one can take what is left')
 
-    def make(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    def make(self, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
         """The mesh over `devices` (default: all). Raises ConfigError where the sizes do not fit them."""
         self.validate()
         devices = list(jax.devices() if devices is None else devices)
@@ -56,7 +57,7 @@ def _needs(sizes: list[int], known: int) -> str:
     return f'a multiple of {known}' if -1 in sizes else str(math.prod(sizes))
 
 
-def _arrange(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
+def _arrange(devices: list[Any], sizes: list[int]) -> np.ndarray:
     """Devices in mesh order: on TPU by the physical torus, so that fast axes are neighbours."""
     if devices[0].platform == 'tpu':
         from jax.experimental import mesh_utils

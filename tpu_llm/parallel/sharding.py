@@ -36,7 +36,9 @@ def partition(table: Table, dims: str) -> PartitionSpec:
     """The longest match of `dims` in `table`: the whole tensor if it has a key, else letter by letter."""
     whole = dims if len(dims) > 1 else f' {dims}'
     if dims and whole in table:
-        return PartitionSpec(*table[whole])
+        entry = table[whole]
+        assert isinstance(entry, tuple), f'rule {whole!r}: a whole tensor has one entry a dim, not {entry!r}'
+        return PartitionSpec(*entry)
     if len(dims) > 1 and dims[0] == 'L':
         return PartitionSpec(table.get('L'), *partition(table, dims[1:]))
     return PartitionSpec(*(table.get(letter) for letter in dims))

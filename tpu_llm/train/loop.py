@@ -15,9 +15,10 @@ from tpu_llm.parallel.compile import Compiled
 from tpu_llm.parallel.preemption import Preemption
 from tpu_llm.train.ledger import Ledger
 from tpu_llm.train.metrics import read
+from tpu_llm.train.report import write_report
 from tpu_llm.train.run import Run
 from tpu_llm.train.session import Session
-from tpu_llm.train.setup import as_tree, open_session, restore_or_create
+from tpu_llm.train.setup import open_session, restore_or_create
 from tpu_llm.train.state import TrainState
 from tpu_llm.train.step import StepOptions, make_step
 from tpu_llm.train.watch import Watch
@@ -33,10 +34,10 @@ def fit(run: Run, workdir: epath.PathLike) -> TrainState:
     """
     validate(run)
     workdir = epath.Path(workdir)
+    changes = resume.check_config(workdir, run)  # before the fence: a refused start must not stop a running one
     token = fence.start(workdir)
     ledger = Ledger(workdir, token=token.token)
     with ledger.phase('init'):
-        changes = resume.check_config(workdir, run)
         session = open_session(run, workdir, ledger, token)
         resume.record_config(token, run, changes)
     with session.reporter as reporter, contextlib.closing(session.writers):
@@ -88,9 +89,9 @@ def _train(session: Session, state: TrainState, resumed: resume.Resumed) -> Trai
                     watch.read(state)
             values = _call(calls, step, state, watch)
             if save:
+                watch.flush()  # first, so that no metric of a saved step is ever missing
                 with ledger.phase('save'):
-                    store.save(step, as_tree(state), lanes=lanes, manifest=about, metrics=values, wait=stop)
-                watch.flush()
+                    store.save(step, session.saved.tree(state), lanes=lanes, manifest=about, metrics=values, wait=stop)
             if stop:
                 break
         _finish(session, watch, finished=int(state.step) == session.steps)
@@ -121,7 +122,5 @@ def _finish(session: Session, watch: Watch, *, finished: bool) -> None:
     summary = {'parameters': session.graph.count(), 'seconds': session.ledger.seconds(), **latest}
     (session.workdir / 'summary.json').write_text(json.dumps(summary, indent=1))
     if session.run.report:
-        from tpu_llm.train.report import write_report  # brings plotly
-
         report = write_report(session.workdir)
         session.reporter.print(f'report: {report}')

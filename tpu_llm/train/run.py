@@ -37,6 +37,7 @@ class Run:
     checkpoints: Checkpoints = schedule(factory=Checkpoints)
     origin: Origin = dataclasses.field(default_factory=Origin)
     hooks: tuple[Any, ...] = schedule(())
+    wandb: str = machine('')  # project on Weights & Biases to log to as well
     report: bool = schedule(True)  # write report.html at the end
 
     def validate(self) -> None:

@@ -17,6 +17,7 @@ from tpu_llm.parallel.sharding import Layout
 from tpu_llm.train.ledger import Ledger, Phase
 from tpu_llm.train.metrics import Writers
 from tpu_llm.train.progress import Reporter
+from tpu_llm.train.saved import Saved
 
 if TYPE_CHECKING:
     from tpu_llm.train.run import Run
@@ -33,6 +34,7 @@ class Session:
     layout: Layout
     graph: ModelGraph
     tx: optax.GradientTransformation
+    saved: Saved
     tokenizer: Tokenizer
     feed: 'Feed'
     steps: int

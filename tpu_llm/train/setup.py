@@ -8,9 +8,9 @@ from etils import epath
 
 from tpu_llm.arrays import Batch
 from tpu_llm.checkpoint import fence, resume
-from tpu_llm.config import ConfigError
-from tpu_llm.data.length import run_steps
+from tpu_llm.config import ConfigError, dump
 from tpu_llm.data.lanes import Table
+from tpu_llm.data.length import run_steps
 from tpu_llm.data.loader import Loader, open_documents, open_tokenizer
 from tpu_llm.data.tokenizer import Tokenizer
 from tpu_llm.models.decoder import DecoderConfig
@@ -20,9 +20,10 @@ from tpu_llm.parallel import hosts
 from tpu_llm.parallel.rules import BATCH, PRESETS
 from tpu_llm.parallel.sharding import Layout
 from tpu_llm.train.ledger import Ledger
-from tpu_llm.train.metrics import JsonLines, TensorBoard, Writers
+from tpu_llm.train.metrics import JsonLines, TensorBoard, WandB, Writers
 from tpu_llm.train.progress import progress
 from tpu_llm.train.run import Run
+from tpu_llm.train.saved import Saved
 from tpu_llm.train.session import Session
 from tpu_llm.train.state import TrainState, abstract_state, create_state
 
@@ -56,22 +57,31 @@ def open_session(run: Run, workdir: epath.Path, ledger: Ledger, token: fence.Fen
     check_vocabulary(run.model, feed.tokenizer)
     steps = run_steps(run.data, feed.documents, steps=run.steps, tokens=run.tokens, epochs=run.epochs)
     graph = make_graph(run.model, layout)
-    main = jax.process_index() == 0
-    files = (JsonLines(workdir / 'metrics.jsonl'), TensorBoard(workdir / 'tensorboard'))
+    tx = run.optimizer.make(param_infos(graph), steps)
     return Session(
         run=run,
         workdir=workdir,
         fence=token,
         layout=layout,
         graph=graph,
-        tx=run.optimizer.make(param_infos(graph), steps),
+        tx=tx,
+        saved=Saved(graph, abstract_state(graph, tx, layout, ema=run.ema > 0)),
         tokenizer=feed.tokenizer,
         feed=feed,
         steps=steps,
         ledger=ledger,
-        writers=Writers(*(files if main else ())),
-        reporter=progress(steps, shown=main),
+        writers=open_writers(run, workdir),
+        reporter=progress(steps, shown=jax.process_index() == 0),
     )
+
+
+def open_writers(run: Run, workdir: epath.Path) -> Writers:
+    if jax.process_index() != 0:
+        return Writers()
+    writers = [JsonLines(workdir / 'metrics.jsonl'), TensorBoard(workdir / 'tensorboard')]
+    if run.wandb:
+        writers.append(WandB(run.wandb, name=workdir.name, config=dump(run)))
+    return Writers(*writers)
 
 
 def check_vocabulary(model: DecoderConfig, tokenizer: Tokenizer) -> None:
@@ -84,34 +94,18 @@ def check_vocabulary(model: DecoderConfig, tokenizer: Tokenizer) -> None:
 
 def restore_or_create(session: Session) -> tuple[TrainState, resume.Resumed]:
     """The state to start from, in the order of `checkpoint.resume`: this run, parent, weights, scratch."""
-    run, graph, tx, layout = session.run, session.graph, session.tx, session.layout
-    like = abstract_state(graph, tx, layout, ema=run.ema > 0)
+    run, graph, saved = session.run, session.graph, session.saved
     tokenizer = session.tokenizer.fingerprint
-    resumed = resume.resume(session.workdir, as_tree(like), run.origin, config=run, tokenizer=tokenizer)
+    resumed = resume.resume(session.workdir, saved.shapes(), run.origin, config=run, tokenizer=tokenizer)
     if resumed.kind in ('run', 'parent'):
-        return from_tree(like, resumed.arrays), resumed
+        return saved.state(resumed.arrays), resumed
     model = graph.bind({name: leaf.get_value() for name, leaf in graph.leaves.items()})
-    state = create_state(model, graph, tx, layout, seed=run.seed, ema=run.ema > 0)
+    state = create_state(model, graph, session.tx, session.layout, seed=run.seed, ema=run.ema > 0)
     if resumed.kind == 'weights':
-        state = dataclasses.replace(state, params=resumed.arrays['params'])
-        if run.ema:
-            state = dataclasses.replace(state, ema=jax.tree.map(lambda x: x.copy(), state.params))
+        params = saved.padded(resumed.arrays)['params']
+        ema = jax.tree.map(lambda x: x.copy(), params) if run.ema else None
+        state = dataclasses.replace(state, params=params, ema=ema)
     return state, resumed
-
-
-def as_tree(state: TrainState) -> dict[str, dict[str, jax.Array]]:
-    """The state as a checkpoint stores it: parameters by path, and all other leaves by name."""
-    leaves = jax.tree_util.tree_leaves_with_path(dataclasses.replace(state, params={}))
-    rest = {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}
-    return {'params': state.params, 'rest': rest}
-
-
-def from_tree(like: TrainState, tree: dict[str, dict[str, jax.Array]]) -> TrainState:
-    """The inverse of `as_tree`, in the structure of `like`."""
-    empty = dataclasses.replace(like, params={})
-    leaves = [tree['rest'][name] for name in as_tree(like)['rest']]
-    rest = jax.tree.unflatten(jax.tree.structure(empty), leaves)
-    return dataclasses.replace(rest, params=tree['params'])
 
 
 class Feed:

@@ -83,10 +83,15 @@ def state_shardings(shapes: TrainState, graph: ModelGraph, layout: Layout) -> Tr
     }
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        # optax keeps a parameter's moments under that parameter's own key.
-        name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey)), None)
-        if name in graph.leaves and leaf.shape == graph.leaves[name].shape:
-            return params[name] if path[0].name == 'params' else moments[name]
-        return layout.replicated
+        name = parameter_of(path, leaf, graph)
+        if name is None:
+            return layout.replicated
+        return params[name] if path[0].name in ('params', 'ema') else moments[name]
 
     return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def parameter_of(path: tuple[Any, ...], leaf: Any, graph: ModelGraph) -> str | None:
+    """The parameter that a leaf of the state is, or is a moment of: optax keeps moments under its key."""
+    name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey)), None)
+    return name if name in graph.leaves and leaf.shape == graph.leaves[name].shape else None

@@ -48,9 +48,10 @@ def make_step(
         with sharding.use(layout):
             key = jax.random.fold_in(jax.random.key(options.seed), state.step)
             sums, gradients = _accumulate(graph, objective, state, frozen, batch, key, options.accumulate, layout)
-            weight = jnp.maximum(sums.pop('weight'), 1.0)
-            metrics = {name: total / weight for name, total in sums.items()}
-            gradients = jax.tree.map(lambda g: g / weight, gradients)
+            weight = sums.pop('weight')
+            divisor = jnp.where(weight > 0, weight, 1.0)  # a batch of padding has neither loss nor gradient
+            metrics = {name: total / divisor for name, total in sums.items()}
+            gradients = jax.tree.map(lambda g: g / divisor, gradients)
             gradients = _place(gradients, graph, layout)
             metrics['grad_norm'] = optax.global_norm(gradients)
             good = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
@@ -117,9 +118,9 @@ def _is_spike(state: TrainState, loss: Array, spike: float) -> Array:
     return (state.step >= _JUDGE_FROM) & (loss > limit)
 
 
-def _advance(state: TrainState, params: Params, optimizer: Any, loss: Array, ema: float) -> TrainState:
-    # Starting at the first loss rather than 0 spares a bias correction.
-    first = state.step == 0
+def _advance(state: TrainState, params: Any, optimizer: Any, loss: Array, ema: float) -> TrainState:
+    # Starting at the first good step's loss rather than 0 spares a bias correction.
+    first = state.step == state.skipped
     mean = jnp.where(first, loss, _MEMORY * state.loss_mean + (1 - _MEMORY) * loss)
     deviation = jnp.square(loss - mean)
     variance = jnp.where(first, 0.0, _MEMORY * state.loss_variance + (1 - _MEMORY) * deviation)
