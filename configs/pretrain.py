@@ -64,5 +64,5 @@ def get_config(arg: str | None = None) -> Run:
         data.seq_len, data.global_batch, data.workers = 128, 8, 0
         run.tokens = 20 * 128 * 8
         run.optimizer.schedule.warmup = 5
-        run.hooks = (HeldOut(source=Stdlib(split='heldout', heldout=0.003)),)
+        run.hooks = (HeldOut(source=Stdlib(split='heldout')),)
     return run

@@ -23,17 +23,27 @@ class Size:
 
 # 125m and 350m: GPT-3's depths and widths. 3b: Llama 3.2. 8b and 70b: Llama 3. Learning rates: the same papers.
 SIZES = {
-    '125m': Size(
-        width=768, layers=12, heads=12, kv_heads=12, mlp_width=2048, batch_tokens=2**19, learning_rate=6e-4
-    ),
-    '350m': Size(
-        width=1024, layers=24, heads=16, kv_heads=16, mlp_width=2816, batch_tokens=2**19, learning_rate=3e-4
-    ),
+    '125m': Size(width=768, layers=12, heads=12, kv_heads=12, mlp_width=2048, batch_tokens=2**19, learning_rate=6e-4),
+    '350m': Size(width=1024, layers=24, heads=16, kv_heads=16, mlp_width=2816, batch_tokens=2**19, learning_rate=3e-4),
     '1b': Size(
-        width=2048, layers=16, heads=32, kv_heads=8, mlp_width=8192, batch_tokens=2**20, learning_rate=3e-4, remat='full'
+        width=2048,
+        layers=16,
+        heads=32,
+        kv_heads=8,
+        mlp_width=8192,
+        batch_tokens=2**20,
+        learning_rate=3e-4,
+        remat='full',
     ),
     '3b': Size(
-        width=3072, layers=28, heads=24, kv_heads=8, mlp_width=8192, batch_tokens=2**21, learning_rate=3e-4, remat='full'
+        width=3072,
+        layers=28,
+        heads=24,
+        kv_heads=8,
+        mlp_width=8192,
+        batch_tokens=2**21,
+        learning_rate=3e-4,
+        remat='full',
     ),
     '8b': Size(
         width=4096,

@@ -1,11 +1,15 @@
 """Every test runs on 8 CPU devices, with shapes and types checked at run time, and no silent broadcasting of ranks.
 
-JAX_PLATFORMS and XLA_FLAGS win where they are set; JAX_COMPILATION_CACHE_DIR keeps compiled programs between runs.
+JAX_PLATFORMS and XLA_FLAGS win where they are set. Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, by default
+`.jax_cache/` of this checkout, for later tests, later runs and the processes that tests start.
 """
 
 import os
+import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.jax_cache'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax
 import pytest
@@ -15,8 +19,6 @@ from jaxtyping import install_import_hook
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 # Before the first import of the library, so it is here and not in a fixture.
 install_import_hook('tpu_llm', 'typecheck.check')

@@ -10,9 +10,9 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 import numpy as np
-import plain
+import numpy_decoder
 import pytest
-import tiny
+import toy
 from flax import nnx
 
 from tpu_llm.models.decoder import Decoder, DecoderConfig, Dropout
@@ -21,9 +21,9 @@ from tpu_llm.models.graph import ModelGraph
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
 DECODERS = {
-    'llama': tiny.config(),
-    'multi-query': tiny.config(kv_heads=1, norm_eps=1e-2),
-    'gpt2': tiny.config(
+    'llama': toy.config(),
+    'multi-query': toy.config(kv_heads=1, norm_eps=1e-2),
+    'gpt2': toy.config(
         kv_heads=4,
         mlp='gelu',
         norm='layer',
@@ -33,10 +33,10 @@ DECODERS = {
         tied_embeddings=True,
         bias=True,
     ),
-    'vaswani': tiny.config(kv_heads=4, mlp='relu', norm='layer', norm_place='post', position='sinusoidal', bias=True),
-    'windows': tiny.config(layers=5, windows=(2, 0), rope_theta=100.0),
-    'gemma': tiny.config(mlp='geglu', logit_softcap=1.5, attention_softcap=0.7, tied_embeddings=True),
-    'dropout': tiny.config(position='none', dropout=Dropout(residual=0.2, attention=0.3, embedding=0.1)),
+    'vaswani': toy.config(kv_heads=4, mlp='relu', norm='layer', norm_place='post', position='sinusoidal', bias=True),
+    'windows': toy.config(layers=5, windows=(2, 0), rope_theta=100.0),
+    'gemma': toy.config(mlp='geglu', logit_softcap=1.5, attention_softcap=0.7, tied_embeddings=True),
+    'dropout': toy.config(position='none', dropout=Dropout(residual=0.2, attention=0.3, embedding=0.1)),
 }
 
 # Two documents and padding; each of them alone, padded on either side.
@@ -55,9 +55,9 @@ class Row:
 
     def __init__(self, config: DecoderConfig):
         self.config = config
-        self.graph = tiny.graph(config)
-        self.weights = tiny.weights(self.graph)
-        batch = tiny.batch(SEGMENTS)
+        self.graph = toy.graph(config)
+        self.weights = toy.weights(self.graph)
+        batch = toy.batch(SEGMENTS)
         tokens = np.array(batch.tokens)
         tokens[1, :5], tokens[2, 8:] = tokens[0, :5], tokens[0, 5:9]
         self.batch = dataclasses.replace(batch, tokens=jnp.asarray(tokens))
@@ -79,7 +79,7 @@ def row(request):
 
 def test_logits_are_those_of_plain_numpy(row):
     b = row.batch
-    expected = plain.logits(row.config, row.weights, b.tokens, b.segments, b.positions)
+    expected = numpy_decoder.logits(row.config, row.weights, b.tokens, b.segments, b.positions)
     assert row.logits.dtype == np.float32
     np.testing.assert_allclose(row.logits, expected, atol=1e-5)
 
@@ -128,7 +128,9 @@ def test_a_hidden_state_depends_on_what_the_masks_let_through_and_on_nothing_els
         reach = np.eye(len(segments), dtype=bool)
         for layer in range(config.layers):
             window = config.windows[layer % len(config.windows)]
-            reach = (plain.seen(segments, np.asarray(b.positions[i]), window) | np.eye(len(segments), dtype=bool)) @ reach
+            reach = (
+                numpy_decoder.seen(segments, np.asarray(b.positions[i]), window) | np.eye(len(segments), dtype=bool)
+            ) @ reach
         np.testing.assert_array_equal(depends[i], reach)
 
 

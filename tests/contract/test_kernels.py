@@ -38,9 +38,7 @@ def normal(seed, *shape):
 
 
 def make_mask(**kind):
-    return Mask(
-        query_segments=PACKED, query_positions=POSITIONS, key_segments=PACKED, key_positions=POSITIONS, **kind
-    )
+    return Mask(query_segments=PACKED, query_positions=POSITIONS, key_segments=PACKED, key_positions=POSITIONS, **kind)
 
 
 @pytest.mark.parametrize('impl', [impl for impl in IMPLS if impl != 'reference'])

@@ -89,7 +89,7 @@ def muon(gradients, info):
     if info.dims[0] == 'L':
         layer = dataclasses.replace(info, dims=info.dims[1:])
         return np.stack([muon([g[i] for g in gradients], layer) for i in range(len(gradients[0]))])
-    m = momentum = 0.0
+    momentum = 0.0
     for g in gradients:
         momentum = 0.95 * momentum + 0.05 * g
     count = len(gradients)

@@ -28,7 +28,7 @@ def get_config(arg=None):
     if arg == 'else':
         return Else()
     mixture = Mixture(sources={'files': Text(paths=('FOLDER/*.txt',))})
-    return Reading(data=Data(mixture=mixture, tokenizer=Bytes(), global_batch=2, seq_len=8))
+    return Reading(data=Data(mixture=mixture, tokenizer=Bytes(), global_batch=2, seq_len=8, interleave=1))
 """
 
 

@@ -20,7 +20,7 @@ def small(tmp_path: Path) -> Data:
     for size in (4, 9, 29):
         (tmp_path / f'{size}.txt').write_text('x' * size)
     mixture = Mixture(sources={'a': Text(paths=(f'{tmp_path}/*.txt',))})
-    return Data(mixture=mixture, tokenizer=Bytes(), global_batch=1, seq_len=10, cache='cache')
+    return Data(mixture=mixture, tokenizer=Bytes(), global_batch=1, seq_len=10, interleave=1, cache='cache')
 
 
 def opened(data: Data, tmp_path: Path) -> list[Documents]:

@@ -288,8 +288,14 @@ def test_an_empty_source_is_named(tmp_path: Path) -> None:
     (tmp_path / 'empty.txt').touch()
     sources = {'nothing': Text(paths=(f'{tmp_path}/*.txt',))}
     data = Data(mixture=Mixture(sources=sources), tokenizer=Bytes(), global_batch=2, seq_len=8)
-    with pytest.raises(ConfigError, match="source 'nothing' holds no document; check its paths"):
-        open_documents(data, ByteTokenizer(), tmp_path)
+    trained = dataclasses.replace(data, tokenizer=TrainedBPE(vocab_size=300))
+    for opening in (
+        lambda: open_documents(data, ByteTokenizer(), tmp_path),
+        lambda: open_documents(dataclasses.replace(data, cache='cache'), ByteTokenizer(), tmp_path),
+        lambda: open_tokenizer(trained, tmp_path),
+    ):
+        with pytest.raises(ConfigError, match="source 'nothing' holds no document; check its paths"):
+            opening()
 
 
 def test_a_tokenizer_learns_in_the_proportions_of_the_first_stage(tmp_path: Path) -> None:

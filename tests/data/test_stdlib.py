@@ -10,7 +10,7 @@ import pytest
 
 from tpu_llm.config import ConfigError, validate
 from tpu_llm.data.documents import Documents
-from tpu_llm.data.stdlib import Stdlib
+from tpu_llm.data.stdlib import Stdlib, StdlibDocuments
 
 
 def names(docs: Documents) -> list[str]:
@@ -52,6 +52,18 @@ def test_what_only_some_machines_have_is_left_out(stdlib: dict[str, Documents]) 
     for name in names(stdlib['train']) + names(stdlib['heldout']):
         assert not {'test', 'tests', 'site-packages', 'idlelib', 'pydoc_data', 'lib2to3'} & set(name.split('/'))
         assert not name.startswith('_sysconfigdata')
+
+
+def test_what_is_taken_from_a_library(tmp_path: Path) -> None:
+    taken = {'a.py': b'x\r\ny\r', 'json/b.py': b'\xef\xbb\xbf# mark', 'json/c.py': 'λ\0'.encode()}
+    left = {'latin.py': b'\xe9', 'empty.py': b'', 'json/test/d.py': b'x', 'idlelib/e.py': b'x', 'f.txt': b'x'}
+    left |= {'_sysconfigdata__linux.py': b'x', 'config-3.11/g.py': b'x', 'sitecustomize.py': b'x'}
+    for name, content in {**taken, **left}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    docs = [StdlibDocuments(str(tmp_path), split, 0.5) for split in ('train', 'heldout')]
+    found = {part.name(i): (part.read(i).text or '').encode() for part in docs for i in range(len(part))}
+    assert {name: text for name, text in found.items() if not name.startswith('topics/')} == taken
 
 
 def test_fingerprint_and_pickle(stdlib: dict[str, Documents]) -> None:

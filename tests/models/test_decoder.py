@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+import toy
 
 from tpu_llm.config import ConfigError
 from tpu_llm.models.decoder import Dropout
@@ -15,16 +15,16 @@ from tpu_llm.objectives.next_token import NextToken
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
 DROPOUT = Dropout(residual=0.2, attention=0.2, embedding=0.1)
-CONFIG = tiny.config(windows=(3,), kv_heads=1, mlp='geglu', bias=True, dropout=DROPOUT)
-BATCH = tiny.batch(np.array([[1, 1, 1, 1, 2, 2, 2, 0], [1] * 8]))
-WEIGHTS = tiny.weights(tiny.graph(CONFIG))
+CONFIG = toy.config(windows=(3,), kv_heads=1, mlp='geglu', bias=True, dropout=DROPOUT)
+BATCH = toy.batch(np.array([[1, 1, 1, 1, 2, 2, 2, 0], [1] * 8]))
+WEIGHTS = toy.weights(toy.graph(CONFIG))
 
 # What a layer saves, and how many layers a step of the scan runs.
 MACHINE = [('none', 2), ('full', 1), ('dots', 0), ('query+key+value', 2), ('attended+gate+up', 1)]
 
 
 def loss_of(remat='none', unroll=1):
-    graph = tiny.graph(dataclasses.replace(CONFIG, remat=remat, unroll=unroll))
+    graph = toy.graph(dataclasses.replace(CONFIG, remat=remat, unroll=unroll))
 
     def loss(weights, key):
         return NextToken()(graph.bind(weights), BATCH, frozen=None, key=key, step=jnp.int32(0))[0]
@@ -63,7 +63,7 @@ def test_the_less_is_saved_the_more_is_computed_again():
 
 def hidden(config, key, weights=WEIGHTS, *, unstacked=False):
     def run(weights, key):
-        model = tiny.graph(config).bind(weights)
+        model = toy.graph(config).bind(weights)
         return (model.unstacked() if unstacked else model).hidden(BATCH.tokens, dropout_key=key)
 
     return np.asarray(jax.jit(run)(weights, key))
@@ -90,8 +90,8 @@ def test_without_a_key_nothing_is_dropped():
 
 
 def test_layers_drop_different_entries():
-    config = tiny.config(layers=2, mlp='relu', bias=True, dropout=Dropout(residual=0.5))
-    zero = {name: jnp.zeros_like(w) for name, w in tiny.weights(tiny.graph(config)).items()}
+    config = toy.config(layers=2, mlp='relu', bias=True, dropout=Dropout(residual=0.5))
+    zero = {name: jnp.zeros_like(w) for name, w in toy.weights(toy.graph(config)).items()}
     ones = {name: jnp.ones_like(w) for name, w in zero.items() if name.endswith(('.scale', 'mlp.down.bias'))}
     out = hidden(config, jax.random.key(0), zero | ones)  # each layer adds 0 or 2 to an entry
     shares = out / out.max(axis=-1, keepdims=True)
@@ -102,15 +102,15 @@ def test_layers_drop_different_entries():
 
 
 def test_an_embedding_table_too_short_for_the_row_is_an_error():
-    graph = tiny.graph(tiny.config(position='learned', max_length=7))
+    graph = toy.graph(toy.config(position='learned', max_length=7))
     with pytest.raises(ValueError, match='rows of 8 tokens are longer than the 7 learned positions'):
-        graph.bind(tiny.weights(graph))(BATCH.tokens)
+        graph.bind(toy.weights(graph))(BATCH.tokens)
 
 
 def test_host_arrays_are_welcome():
-    graph = tiny.graph(tiny.config(layers=1))
+    graph = toy.graph(toy.config(layers=1))
     tokens, segments = np.ones((1, 3), np.int32), np.ones((1, 3), np.int32)
-    assert graph.bind(tiny.weights(graph))(tokens, segments=segments).shape == (1, 3, 19)
+    assert graph.bind(toy.weights(graph))(tokens, segments=segments).shape == (1, 3, 19)
 
 
 WRONG = [
@@ -124,14 +124,17 @@ WRONG = [
     ({'windows': (4, -1)}, r'windows = \(4, -1\); write one window'),
     ({'attention': 'flash'}, "attention = 'flash'; there are xla, reference"),
     ({'unroll': -1}, 'unroll = -1; it must be at least 0'),
-    ({'remat': 'query+kei'}, r"remat 'query\+kei': unknown name 'kei' \(did you mean 'key'\?\); write none, full, dots"),
+    (
+        {'remat': 'query+kei'},
+        r"remat 'query\+kei': unknown name 'kei' \(did you mean 'key'\?\); write none, full, dots",
+    ),
 ]
 
 
 @pytest.mark.parametrize(('changes', 'message'), WRONG)
 def test_a_config_that_cannot_be_says_why(changes, message):
     with pytest.raises(ConfigError, match=message):
-        tiny.config(**changes).make()
+        toy.config(**changes).make()
 
 
 @pytest.mark.parametrize('place', ['residual', 'attention', 'embedding'])

@@ -72,7 +72,8 @@ class _Rows:
 
     def value(self, i: int) -> Any:
         group = int(np.searchsorted(self._ends, i, side='right'))
-        return self._read(group)[i - int(self._ends[group])].as_py()
+        first = int(self._ends[group - 1]) if group else 0
+        return self._read(group)[i - first].as_py()
 
     def _read(self, group: int) -> Any:
         from pyarrow import parquet

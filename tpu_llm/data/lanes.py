@@ -6,8 +6,9 @@ never share a document within an epoch, and together they read each stream witho
 document from the source that lags its weight most (`mixture.most_behind`), counted in tokens since the stage began.
 Lanes start with different pseudo-random debts, so that they do not all turn to the same source at once.
 
-Interleaving is for documents that span many rows: with 1, a row's place reads one of them for as many steps on end,
-and neighbouring batches are of the same few documents.
+Interleaving is for documents that span many rows: without it a row's place reads one of them for as many steps on
+end, and neighbouring batches hold the same few documents. The first 300 steps of the quickstart come to 2.02 bits a
+byte with 1 open document to a row, 1.87 with 8, 1.81 with 32.
 
 The state of a lane is a few integers (its step, the documents and tokens taken of each source, and where in which
 document it stands); the states of all lanes are the *lane table*, which a checkpoint stores and any split over hosts

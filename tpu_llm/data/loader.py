@@ -31,9 +31,9 @@ class Data:
 
     mixture: Mixture
     tokenizer: TrainedBPE | Pretrained | Bytes | Ids
-    global_batch: int  # rows of a batch over all hosts: the number of lanes
+    global_batch: int  # rows of a batch, over all hosts
     seq_len: int  # positions of a row
-    interleave: int = 1  # documents that are open in each row's place, in turn: more where they span many rows
+    interleave: int = 8  # documents open at once in each row's place, read in turn
     overlong: Overlong = 'split'  # what becomes of documents longer than a row
     cache: str = machine('')  # folder for tokenized sources, in the workdir unless absolute; '' tokenizes on the fly
     workers: int = machine(0)  # processes that read and tokenize; 0 is a thread of this one
@@ -57,7 +57,7 @@ def open_tokenizer(data: Data, workdir: epath.PathLike) -> Tokenizer:
 
 def _texts(mixture: Mixture) -> Iterator[str]:
     _, weights = mixture.stages()[0]
-    readers = [shuffled(source.open()) for source in mixture.sources.values()]
+    readers = [shuffled(_not_empty(name, source.open())) for name, source in mixture.sources.items()]
     taken = [0] * len(readers)
     while any(weights):
         source = most_behind(taken, weights)
@@ -79,10 +79,14 @@ def open_documents(data: Data, tokenizer: Tokenizer, workdir: epath.PathLike) ->
         docs = source.open()
         if data.cache and not docs.tokenized:
             docs = cache.cached(docs, tokenizer, folder)
-        if not len(docs):
-            raise ConfigError(f'source {name!r} holds no document; check its paths')
-        opened.append(docs)
+        opened.append(_not_empty(name, docs))
     return opened
+
+
+def _not_empty(name: str, docs: Documents) -> Documents:
+    if not len(docs):
+        raise ConfigError(f'source {name!r} holds no document; check its paths')
+    return docs
 
 
 def make_walk(data: Data, docs: Sequence[Documents], tokenizer: Tokenizer, seed: int, table: Table) -> lanes.Walk:

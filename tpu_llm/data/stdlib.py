@@ -37,18 +37,20 @@ class Stdlib:
             raise ConfigError(f'heldout is {self.heldout}; it is a fraction between 0 and 1')
 
     def open(self) -> documents.Documents:
-        return _StdlibDocuments(self.split, self.heldout)
+        return StdlibDocuments(sysconfig.get_path('stdlib'), self.split, self.heldout)
 
 
-class _StdlibDocuments(documents.Documents):
-    def __init__(self, split: str, heldout: float):
-        names = [name for name in _corpus() if (_uniform(name) < heldout) == (split == 'heldout')]
-        if not names:
+class StdlibDocuments(documents.Documents):
+    """One part of the library that lies in the folder `root`."""
+
+    def __init__(self, root: str, split: str, heldout: float):
+        self._root = root
+        self._names = [name for name in _corpus(root) if (_uniform(name) < heldout) == (split == 'heldout')]
+        if not self._names:
             raise ConfigError(f'the {split} part of the standard library is empty with heldout={heldout}')
-        self._names = names
         content = hashlib.sha256()
-        for name in names:
-            content.update(f'{name}\0{_text(name)}\0'.encode())
+        for name in self._names:
+            content.update(f'{name}\0{_text(root, name)}\0'.encode())
         self.fingerprint = documents.fingerprint('stdlib', content.hexdigest())
 
     def __len__(self) -> int:
@@ -58,29 +60,29 @@ class _StdlibDocuments(documents.Documents):
         return self._names[index]
 
     def read(self, index: int) -> documents.Document:
-        return documents.Document(text=_text(self._names[index]))
+        return documents.Document(text=_text(self._root, self._names[index]))
 
 
 @functools.cache
-def _corpus() -> tuple[str, ...]:
+def _corpus(root: str) -> tuple[str, ...]:
     """The names of all documents that hold UTF-8 text, sorted."""
-    root = Path(sysconfig.get_path('stdlib'))
-    files = (file.relative_to(root) for file in root.rglob('*.py'))
+    files = (file.relative_to(root) for file in Path(root).rglob('*.py'))
     kept = [
         file.as_posix()
         for file in files
         if not _ABSENT_SOMEWHERE & set(file.parts) and not file.parts[0].startswith(_MADE_ON_THE_MACHINE)
     ]
-    return tuple(sorted(filter(_text, kept + [f'topics/{topic}' for topic in _topics()])))
+    names = sorted([*kept, *(f'topics/{topic}' for topic in _topics())])
+    return tuple(name for name in names if _text(root, name))
 
 
 @functools.cache
-def _text(name: str) -> str:
+def _text(root: str, name: str) -> str:
     """The document, byte for byte; empty where a file is not UTF-8."""
     if name.startswith('topics/'):
         return _topics()[name.removeprefix('topics/')]
     try:
-        return Path(sysconfig.get_path('stdlib'), name).read_bytes().decode('utf-8')
+        return Path(root, name).read_bytes().decode('utf-8')
     except UnicodeDecodeError:
         return ''
 

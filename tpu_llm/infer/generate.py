@@ -68,7 +68,14 @@ class Generator:
                 model = graph.bind(weights)
                 model = model.unstacked() if unstack else model
                 return decode(
-                    model, tokens, segments, key, max_new=max_new_tokens, sampling=sampling, eos=tokenizer.eos
+                    model,
+                    tokens,
+                    segments,
+                    key,
+                    max_new=max_new_tokens,
+                    sampling=sampling,
+                    eos=tokenizer.eos,
+                    vocab_size=tokenizer.vocab_size,
                 )
 
         self._program = Compiled('generate', run, out_shardings=layout.replicated if layout else None)
@@ -127,8 +134,12 @@ def decode(
     max_new: int,
     sampling: Sampling,
     eos: int,
+    vocab_size: int,
 ) -> Int[Array, 'B {max_new}']:
-    """Up to `max_new` new tokens a row, after its first `eos` only `eos`. Prompts are padded on the left."""
+    """Up to `max_new` new tokens a row, after its first `eos` only `eos`. Prompts are padded on the left.
+
+    No token from `vocab_size` on is drawn: a model may have more than its tokenizer.
+    """
     batch, length = tokens.shape
     index = jnp.arange(length)[None, :]
     lengths = segments.sum(axis=1, keepdims=True)
@@ -139,7 +150,7 @@ def decode(
 
     def one(loop: _Loop) -> _Loop:
         keys = jax.vmap(lambda row: jax.random.fold_in(row, loop.step))(rows)
-        token = jnp.where(loop.done, eos, sampling(loop.logits, keys)).astype(jnp.int32)
+        token = jnp.where(loop.done, eos, sampling(loop.logits[:, :vocab_size], keys)).astype(jnp.int32)
         out = jax.lax.dynamic_update_slice(loop.out, token[:, None], (0, loop.step))
         hidden, cache = model.extend(
             token[:, None], loop.cache, segments=jnp.ones_like(token)[:, None], positions=lengths + loop.step

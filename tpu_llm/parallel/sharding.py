@@ -97,10 +97,12 @@ def constrain(x: Array, dims: str, table: Table | None = None) -> Array:
     if layout is None or layout.mesh.size == 1:
         return x
     spec = partition(layout.rules.activations if table is None else table, dims)
-    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
-    spec = PartitionSpec(*(_keep(axes, manual) for axes in spec))
+    traced = jax.sharding.get_abstract_mesh()
+    spec = PartitionSpec(*(_keep(axes, set(traced.manual_axes)) for axes in spec))
     check_fits(spec, dims, x.shape, layout.mesh, 'an activation')
-    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+    # Inside a shard_map the mesh is the one that knows which axes are manual.
+    mesh = traced if traced.manual_axes else layout.mesh
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def _keep(axes: Axes, manual: set[str]) -> Axes:

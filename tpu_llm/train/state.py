@@ -92,6 +92,8 @@ def state_shardings(shapes: TrainState, graph: ModelGraph, layout: Layout) -> Tr
 
 
 def parameter_of(path: tuple[Any, ...], leaf: Any, graph: ModelGraph) -> str | None:
-    """The parameter that a leaf of the state is, or is a moment of: optax keeps moments under its key."""
-    name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey)), None)
-    return name if name in graph.leaves and leaf.shape == graph.leaves[name].shape else None
+    """The parameter that a leaf of the state is, or is a moment of: optax keeps moments under its key, some of them
+    below the key of a group ('muon').
+    """
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in graph.leaves]
+    return names[0] if names and leaf.shape == graph.leaves[names[0]].shape else None

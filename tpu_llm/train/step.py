@@ -53,7 +53,7 @@ def make_step(
             metrics = {name: total / divisor for name, total in sums.items()}
             gradients = jax.tree.map(lambda g: g / divisor, gradients)
             gradients = _place(gradients, graph, layout)
-            metrics['grad_norm'] = optax.global_norm(gradients)
+            metrics['grad_norm'] = optax.tree.norm(gradients)
             good = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
             if options.spike:
                 good &= ~_is_spike(state, metrics['loss'], options.spike)

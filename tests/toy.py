@@ -1,4 +1,4 @@
-"""Tiny models and batches that hide nothing: scales, biases, padded vocabulary and padding tokens are all noise."""
+"""Toy models and batches that hide nothing: scales, biases, padded vocabulary and padding tokens are all noise."""
 
 from typing import Any
 
