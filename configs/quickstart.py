@@ -1,7 +1,10 @@
 """The whole job in a few minutes on a laptop: corpus, tokenizer, training, evaluation, samples, report.
 
-python launch/run.py --config=configs/quickstart.py          # under 4 minutes on 2 cores
-python launch/run.py --config=configs/quickstart.py:smoke    # the same, tiny: under 20 s
+    python launch/run.py --config=configs/quickstart.py          # under 4 minutes on 2 cores
+    python launch/run.py --config=configs/quickstart.py:smoke    # the same, tiny: under 20 s
+    python launch/run.py --config=configs/quickstart.py:muon     # with Muon instead of AdamW: slower steps, lower loss
+
+It ends with held-out bits per byte well below what `gzip -9` needs for the same text, three continuations and a report.
 """
 
 from tpu_llm.checkpoint.retention import Checkpoints
@@ -14,13 +17,13 @@ from tpu_llm.evals.perplexity import HeldOut
 from tpu_llm.infer.hook import Samples
 from tpu_llm.models.decoder import DecoderConfig
 from tpu_llm.objectives.next_token import NextToken
-from tpu_llm.optim.optimizer import AdamW
+from tpu_llm.optim.optimizer import AdamW, Muon
 from tpu_llm.optim.schedule import Schedule
 from tpu_llm.train.run import Run
 
 
 def get_config(arg: str | None = None) -> Run:
-    arg = parse_arg(arg, smoke=False)
+    arg = parse_arg(arg, muon=False, smoke=False)
 
     # Data: what every Python ships with. Documents of the held-out split are never trained on.
     data = Data(
@@ -28,6 +31,7 @@ def get_config(arg: str | None = None) -> Run:
         tokenizer=TrainedBPE(vocab_size=4096),
         global_batch=8,
         seq_len=256,
+        interleave=32,  # a batch then mixes 256 documents; a short run needs the variety
         cache='cache',
     )
 
@@ -40,7 +44,6 @@ def get_config(arg: str | None = None) -> Run:
         kv_heads=4,
         head_dim=48,
         mlp_width=512,
-        tied_embeddings=True,
         dtype='float32',
         unroll=0,
     )
@@ -50,7 +53,7 @@ def get_config(arg: str | None = None) -> Run:
         data=data,
         objective=NextToken(),
         optimizer=AdamW(schedule=Schedule(peak=4e-3, warmup=40), weight_decay=0.1),
-        steps=700,
+        steps=600,
         log_every=5,
         checkpoints=Checkpoints(every=200, keep=2),
         hooks=(
@@ -58,6 +61,9 @@ def get_config(arg: str | None = None) -> Run:
             Samples(prompts=('import ', 'def read_lines(path):\n', 'The for statement is used to ')),
         ),
     )
+
+    if arg.muon:
+        run.optimizer = Muon(schedule=Schedule(peak=8e-3, warmup=40), weight_decay=0.1)
 
     if arg.smoke:
         model.width, model.layers, model.heads, model.kv_heads, model.head_dim, model.mlp_width = (

@@ -1,7 +1,7 @@
 """On every layout, one step from the same weights is the step of one device, and so are the weights first drawn.
 A new layout is one more preset or mesh.
 
-Tolerance: 1e-6 of the loss and 1e-5 absolute of every gradient, of which the largest are about 1: the order of
+Tolerance: 1e-6 of the loss and 1e-6 absolute of every gradient, whose largest entries are 0.05 to 0.3: the order of
 float32 sums is all that differs.
 """
 
@@ -138,7 +138,7 @@ def test_a_step_is_that_of_one_device(alone, preset, mesh):
     sharded_loss, sharded = one_step(toy.layout(preset, **MESHES[mesh]), weights)
     np.testing.assert_allclose(sharded_loss, loss, rtol=1e-6)
     for name, gradient in gradients.items():
-        np.testing.assert_allclose(sharded[name], gradient, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(sharded[name], gradient, atol=1e-6, err_msg=name)
 
 
 def test_a_mesh_that_does_not_divide_a_weight_is_an_error_that_names_it():

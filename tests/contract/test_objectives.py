@@ -12,11 +12,12 @@ import pytest
 import toy
 
 from tpu_llm.config import ConfigError
+from tpu_llm.models.decoder import Dropout
 from tpu_llm.objectives.next_token import NextToken
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
-CONFIG = toy.config(layers=1, logit_softcap=3.0)
+CONFIG = toy.config(layers=1, logit_softcap=3.0, dropout=Dropout(residual=0.3))
 GRAPH = toy.graph(CONFIG)
 WEIGHTS = toy.weights(GRAPH)
 BATCH = dataclasses.replace(
@@ -50,8 +51,8 @@ def row(request):
     """The objective with its gradient, compiled once; its formula; its value at equal logits."""
     objective, formula, uniform = OBJECTIVES[request.param]
 
-    def loss(weights, batch):
-        loss, weight, sums = objective(GRAPH.bind(weights), batch, frozen=None, key=None, step=jnp.int32(0))
+    def loss(weights, batch, key=None):
+        loss, weight, sums = objective(GRAPH.bind(weights), batch, frozen=None, key=key, step=jnp.int32(0))
         return loss, (weight, sums)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True)), formula, uniform
@@ -84,6 +85,12 @@ def test_tokens_of_weight_zero_change_nothing(row):
     other = dataclasses.replace(BATCH, targets=jnp.where(ignored, (BATCH.targets + 1) % 19, BATCH.targets))
     result, changed = row[0](WEIGHTS, BATCH), row[0](WEIGHTS, other)
     jax.tree.map(np.testing.assert_array_equal, result, changed)
+
+
+def test_it_drops_where_it_is_given_a_key(row):
+    whole, _ = row[0](WEIGHTS, BATCH)
+    dropped, _ = row[0](WEIGHTS, BATCH, jax.random.key(0))
+    assert abs(dropped[0] - whole[0]) > 0.1
 
 
 def test_a_batch_is_the_sum_of_its_parts(row):

@@ -2,8 +2,6 @@
 
 from typing import Any, Protocol
 
-from flax import nnx
-
 from tpu_llm.arrays import Array, Batch, Float, Int, Key
 
 Sums = dict[str, Float[Array, '']]
@@ -20,7 +18,7 @@ class Objective(Protocol):
 
     def __call__(
         self,
-        model: nnx.Module,
+        model: Any,
         batch: Batch,
         *,
         frozen: Any,
