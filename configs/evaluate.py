@@ -12,6 +12,6 @@ from tpu_llm.evals.run import Run
 
 
 def get_config(arg: str | None = None) -> Run:
-    arg = parse_arg(arg, path='', data='', seq=256)
-    source = Jsonl(paths=(arg.data,)) if arg.data else Stdlib(split='heldout')
-    return Run(path=arg.path, source=source, seq_len=arg.seq)
+    args = parse_arg(arg, path='', data='', seq=256)
+    source = Jsonl(paths=(args.data,)) if args.data else Stdlib(split='heldout')
+    return Run(path=args.path, source=source, seq_len=args.seq)

@@ -25,26 +25,25 @@ from tpu_llm.train.run import Run
 
 
 def get_config(arg: str | None = None) -> Run:
-    arg = parse_arg(arg, size='125m', mesh='auto', data='', heldout='', tokenizer='', vocab=32768, smoke=False)
+    args = parse_arg(arg, size='125m', mesh='auto', data='', heldout='', tokenizer='', vocab=32768, smoke=False)
 
     # Model: float32 parameters, bfloat16 compute.
-    model, size = decoder(arg.size, vocab_size=arg.vocab, dtype='bfloat16')
+    model, size = decoder(args.size, vocab_size=args.vocab, dtype='bfloat16')
 
     # Data: JSON lines with a `text` field. A given SentencePiece model is used as it is; else one is trained.
-    source = Jsonl(paths=(arg.data,)) if arg.data else Stdlib(split='train')
+    source = Jsonl(paths=(args.data,)) if args.data else Stdlib(split='train')
     data = Data(
         mixture=Mixture(sources={'text': source}),
-        tokenizer=Pretrained(path=arg.tokenizer) if arg.tokenizer else TrainedBPE(vocab_size=arg.vocab),
+        tokenizer=Pretrained(path=args.tokenizer) if args.tokenizer else TrainedBPE(vocab_size=args.vocab),
         seq_len=2048,
         global_batch=size.batch_tokens // 2048,
         workers=2,
     )
 
     # Evaluation: held-out text, if there is any to hold against.
-    heldout = Jsonl(paths=(arg.heldout,)) if arg.heldout else None if arg.data else Stdlib(split='heldout')
-    hooks = [Samples(prompts=('The ', 'Once upon a time'), every=2000)]
-    if heldout:
-        hooks.insert(0, HeldOut(source=heldout, every=1000, rows=64))
+    heldout = Jsonl(paths=(args.heldout,)) if args.heldout else None if args.data else Stdlib(split='heldout')
+    scores = (HeldOut(source=heldout, every=1000, rows=64),) if heldout else ()
+    samples = Samples(prompts=('The ', 'Once upon a time'), every=2000)
 
     run = Run(
         model=model,
@@ -53,13 +52,14 @@ def get_config(arg: str | None = None) -> Run:
         objective=NextToken(z_loss=1e-4),
         optimizer=AdamW(schedule=Schedule(peak=size.learning_rate, warmup=2000), weight_decay=0.1),
         tokens=10_000_000_000,
-        mesh=mesh(arg.mesh),
+        mesh=mesh(args.mesh),
         checkpoints=Checkpoints(every=1000, keep=3, keep_every=10_000),
-        hooks=tuple(hooks),
+        hooks=(*scores, samples),
     )
 
-    if arg.smoke:
-        model.width, model.layers, model.heads, model.kv_heads, model.head_dim, model.mlp_width = 64, 2, 2, 1, 32, 128
+    if args.smoke:
+        model.width, model.layers, model.heads, model.kv_heads = 64, 2, 2, 1
+        model.head_dim, model.mlp_width = 32, 128
         model.vocab_size, model.dtype, data.tokenizer = 1024, 'float32', TrainedBPE(vocab_size=1024)
         data.seq_len, data.global_batch, data.workers = 128, 8, 0
         run.tokens = 20 * 128 * 8

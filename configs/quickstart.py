@@ -23,7 +23,7 @@ from tpu_llm.train.run import Run
 
 
 def get_config(arg: str | None = None) -> Run:
-    arg = parse_arg(arg, muon=False, smoke=False)
+    args = parse_arg(arg, muon=False, smoke=False)
 
     # Data: what every Python ships with. Documents of the held-out split are never trained on.
     data = Data(
@@ -62,18 +62,12 @@ def get_config(arg: str | None = None) -> Run:
         ),
     )
 
-    if arg.muon:
+    if args.muon:
         run.optimizer = Muon(schedule=Schedule(peak=8e-3, warmup=40), weight_decay=0.1)
 
-    if arg.smoke:
-        model.width, model.layers, model.heads, model.kv_heads, model.head_dim, model.mlp_width = (
-            64,
-            2,
-            2,
-            2,
-            32,
-            128,
-        )
+    if args.smoke:
+        model.width, model.layers, model.heads, model.kv_heads = 64, 2, 2, 2
+        model.head_dim, model.mlp_width = 32, 128
         run.steps = 20
         run.optimizer.schedule.warmup = 5
     return run

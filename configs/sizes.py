@@ -1,6 +1,7 @@
 """Model sizes by name: Llama-style decoders, with what depends on size alone."""
 
 import dataclasses
+from typing import Literal
 
 from tpu_llm.config import choose
 from tpu_llm.models.decoder import DecoderConfig
@@ -70,7 +71,7 @@ SIZES = {
 }
 
 
-def decoder(name: str, *, vocab_size: int, dtype: str) -> tuple[DecoderConfig, Size]:
+def decoder(name: str, *, vocab_size: int, dtype: Literal['float32', 'bfloat16']) -> tuple[DecoderConfig, Size]:
     """The model of that size, and the size. Raises ConfigError on an unknown name, listing those there are."""
     size = choose('size', name, SIZES)
     model = DecoderConfig(

@@ -3,6 +3,7 @@
 import time
 
 import jax
+import numpy as np
 
 from tpu_llm.arrays import Array, Batch
 from tpu_llm.config import RunError
@@ -81,7 +82,7 @@ class Watch:
         line = {
             'loss': metrics['loss'],
             # The step's own rate: optax counts from 0.
-            'learning_rate': float(rate(step - 1)),
+            'learning_rate': float(np.asarray(rate(step - 1))),
             'grad_norm': metrics['grad_norm'],
             'tokens': step * self.tokens_per_step,
         }
