@@ -53,7 +53,7 @@ def get_config(arg: str | None = None) -> Run:
         data=data,
         objective=NextToken(),
         optimizer=AdamW(schedule=Schedule(peak=4e-3, warmup=40), weight_decay=0.1),
-        steps=600,
+        steps=500,
         log_every=5,
         checkpoints=Checkpoints(every=200, keep=2),
         hooks=(
