@@ -1,5 +1,6 @@
 """Whatever becomes of a checkpoint's files: named in one line, passed over for the newest whole one."""
 
+import json
 import pathlib
 import shutil
 
@@ -104,3 +105,10 @@ def test_a_copied_or_renamed_checkpoint_is_whole(tmp_path, start):
     from tpu_llm.checkpoint import reader
 
     assert reader.load(reader.find(tmp_path / 'best'), run.like()).step == 4
+
+
+def test_sums_that_another_process_is_writing_are_not_summed(tmp_path):
+    (tmp_path / 'manifest.json').write_text('{}')
+    (tmp_path / '.checksums-2.json.b768600a').write_text('{')
+    checksums.write(tmp_path, 0)
+    assert list(json.loads((tmp_path / 'checksums-0.json').read_text())) == ['manifest.json']

@@ -39,7 +39,7 @@ def write(folder: epath.Path, process: int) -> None:
 
 
 def _owner(name: str) -> int | None:
-    if name.startswith('checksums-'):
+    if name.lstrip('.').startswith('checksums-'):  # with a dot, those that another process is writing right now
         return None
     match = _OWNED.search(name)
     return int(match[1]) if match else 0
