@@ -14,11 +14,11 @@ import time
 
 import jax
 import jax.numpy as jnp
+import model
 import numpy as np
 import plain_jax
 
 from tpu_llm.arrays import Batch
-from tpu_llm.models.decoder import DecoderConfig
 from tpu_llm.models.graph import ModelGraph
 from tpu_llm.objectives.next_token import NextToken
 from tpu_llm.optim.optimizer import AdamW
@@ -32,16 +32,7 @@ from tpu_llm.train.state import create_state
 from tpu_llm.train.step import StepOptions, make_step
 
 BATCH, LENGTH, ROUNDS, STEPS = 8, 256, 5, 4
-MODEL = DecoderConfig(
-    vocab_size=8192,
-    width=256,
-    layers=4,
-    heads=4,
-    kv_heads=4,
-    head_dim=64,
-    mlp_width=1024,
-    dtype='float32',
-)
+MODEL = model.get_config().model
 
 
 def tokens():
@@ -63,11 +54,11 @@ class Ours:
     def __init__(self, unroll):
         self.name = 'tpu_llm, ' + ('layers unrolled' if unroll == 0 else 'layers scanned')
         layout = Layout(Mesh().make(jax.devices()[:1]), PRESETS['zero3'])
-        model = dataclasses.replace(MODEL, unroll=unroll).make()
-        graph = ModelGraph(model)
+        decoder = dataclasses.replace(MODEL, unroll=unroll).make()
+        graph = ModelGraph(decoder)
         optimizer = AdamW(schedule=Schedule(peak=1e-3, warmup=10), weight_decay=0.1)
         tx = optimizer.make(param_infos(graph), 10_000)
-        self.state = create_state(model, graph, tx, layout, seed=0, ema=False)
+        self.state = create_state(decoder, graph, tx, layout, seed=0, ema=False)
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         step = make_step(graph, NextToken(), tx, layout, StepOptions(seed=0))
         self.step = Compiled('train step', step, donate=(0,), out_shardings=(shardings, None))
