@@ -48,17 +48,22 @@ def test_a_rule_of_a_whole_tensor_has_an_entry_for_each_dim():
 def test_presets_differ_in_what_the_fsdp_axis_splits(preset):
     rules = PRESETS[preset]
     split = {kind: partition(getattr(rules, kind), 'LDF')[1] == 'fsdp' for kind in ('params', 'gradients', 'optimizer')}
-    stage = int(preset[-1])
+    stage = int(preset.removeprefix('zero')[0])
     assert split == {'params': stage >= 3, 'gradients': stage >= 2, 'optimizer': stage >= 1}
 
 
 def test_a_dim_that_its_axes_do_not_divide_is_an_error_that_says_the_mend():
     layout = toy.layout(fsdp=4, tensor=2)
     message = (
-        r'mlp.up \(DF\): D = 6 is not divisible by fsdp = 4; make D a multiple of 4 or the mesh axis a divisor of 6'
+        r'mlp.up \(DF\): D = 6 is not divisible by fsdp = 4; make config.model.width a multiple of 4 '
+        'or the mesh axis a divisor of 6'
     )
     with pytest.raises(ConfigError, match=message):
         layout.named(TABLE, 'DF', (6, 4), 'mlp.up')
+    with pytest.raises(ConfigError, match=r'F = 3 .* make config.model.mlp_width a multiple of 2 or'):
+        layout.named(TABLE, 'DF', (4, 3), 'mlp.up')
+    with pytest.raises(ConfigError, match=r'F = 3 .* make config.model.moe.expert_width a multiple of 2'):
+        layout.named(TABLE, 'EDF', (4, 4, 3), 'experts.up')
     with pytest.raises(ConfigError, match=r'the batch \(BT\): B = 6 is not divisible by data x fsdp = 4'):
         toy.layout(data=2, fsdp=2).named(TABLE, 'BT', (6, 3), 'the batch')
 

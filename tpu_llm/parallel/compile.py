@@ -37,6 +37,11 @@ class Compiled:
     def compiles(self) -> int:
         return len(self._programs)
 
+    @property
+    def newest(self) -> Any:
+        """The program that was last made, or None."""
+        return next(reversed(self._programs.values()), None)
+
     def __call__(self, *args: Any) -> Any:
         return self.program(*args)(*args)
 
@@ -46,10 +51,14 @@ class Compiled:
         if key not in self._programs:
             if self._last is not None:
                 logger.warning('%s is compiled again: %s', self.name, _difference(self._last, args))
-            self._programs[key] = self._jitted.lower(*args).compile(compiler_options=self.options)
+            self._programs[key] = self.lower(*args).compile(compiler_options=self.options)
         if key != self._last:
             self._last = key
         return self._programs[key]
+
+    def lower(self, *args: Any) -> Any:
+        """The program before it is compiled."""
+        return self._jitted.lower(*args)
 
 
 def _key(args: tuple[Any, ...]) -> tuple[Any, ...]:
