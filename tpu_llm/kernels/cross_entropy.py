@@ -1,16 +1,14 @@
-"""The next-token loss, a few positions at a time: float32 [B, T, V] never exists.
-
-The forward pass already knows the gradient of its logits, so it computes the gradients of `hidden` and `kernel`
-chunk by chunk while the logits are at hand, and the backward pass only scales them: each logit is computed once.
-"""
+"""The next-token loss, from hidden states and the unembedding, in chunks (`chunked`)."""
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from tpu_llm.arrays import AnyArray, Array, Float, Int
-from tpu_llm.parallel import sharding
+from tpu_llm.kernels.chunked import Split, logits_of_chunk, sums_of_logits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +16,8 @@ class Options:
     """The loss of one position is (1 - s) * nll + s * mean over V of nll + z_loss * log(Z)².
 
     s is `label_smoothing` (Szegedy et al., 2015); z_loss keeps the normaliser near 1 (PaLM, §5: 1e-4). Columns
-    from `vocab_size` on are padding. `chunk` positions are done at a time (0: chosen by memory).
+    from `vocab_size` on are padding. `chunk` positions of a device are done at a time, at the end perhaps fewer
+    (0: chosen by memory).
     """
 
     vocab_size: int
@@ -26,8 +25,10 @@ class Options:
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     chunk: int = 0
+    judged: bool = False  # whether the likeliest token is asked for, too
 
 
+@jax.named_scope('loss')
 def cross_entropy(
     hidden: Float[Array, 'B T D'],
     kernel: Float[Array, 'D V'],
@@ -35,106 +36,97 @@ def cross_entropy(
     weights: Float[AnyArray, 'B T'],
     options: Options,
     dtype: jnp.dtype,
+    bias: Float[Array, ' V'] | None = None,
 ) -> tuple[Float[Array, ''], Float[Array, '']]:
     """(weighted sum of the losses, weighted sum of plain −log p), float32; only the first has a gradient.
 
-    Matmuls are in `dtype` with float32 results. Gradients flow to `hidden` and `kernel`.
+    Matmuls are in `dtype` with float32 results, to which a bias is added. Gradients flow to `hidden`, `kernel` and
+    `bias`.
     """
-    rows, length, _ = hidden.shape
-    chunk = options.chunk or _auto_chunk(rows, length, kernel.shape[1])
-    if length % chunk:
-        raise ValueError(f'loss chunk {chunk} does not divide the {length} positions of a row')
-    loss, nll = _loss(hidden, kernel, targets, weights, dataclasses.replace(options, chunk=chunk), dtype)
+    loss, nll = _sums(hidden, kernel, targets, weights, options, dtype, bias)
     return loss, jax.lax.stop_gradient(nll)
 
 
-def _auto_chunk(rows: int, length: int, vocab: int) -> int:
-    """The longest divisor of `length` whose logits on one device stay within a budget that its caches like."""
-    layout = sharding.current()
-    shape = layout.mesh.shape if layout else {}
-    platform = layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
-    budget = 2**22 if platform == 'cpu' else 2**25
-    share = shape.get('data', 1) * shape.get('fsdp', 1) * shape.get('expert', 1) * shape.get('tensor', 1)
-    fits = max(1, budget * share // (rows * vocab))
-    return max(n for n in range(1, length + 1) if length % n == 0 and (n == 1 or n <= fits))
+@jax.named_scope('loss')
+def judged_cross_entropy(
+    hidden: Float[Array, 'B T D'],
+    kernel: Float[Array, 'D V'],
+    targets: Int[AnyArray, 'B T'],
+    weights: Float[AnyArray, 'B T'],
+    options: Options,
+    dtype: jnp.dtype,
+    bias: Float[Array, ' V'] | None = None,
+) -> tuple[Float[Array, ''], Float[Array, ''], Float[Array, '']]:
+    """`cross_entropy`, and the sum of the weights of positions whose target no other token is likelier than."""
+    options = dataclasses.replace(options, judged=True)
+    loss, nll, right = _sums(hidden, kernel, targets, weights, options, dtype, bias)
+    return loss, *jax.lax.stop_gradient((nll, right))
 
 
-def _plain(hidden, kernel, targets, weights, options, dtype) -> tuple[Array, Array]:
-    def body(sums, chunk):
-        loss, nll, _ = _chunk(chunk, kernel.astype(dtype), options)
-        return (sums[0] + loss, sums[1] + nll), None
-
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(body, (zero, zero), _split(hidden.astype(dtype), targets, weights, options.chunk))[0]
+def _sums(hidden, kernel, targets, weights, options: Options, dtype, bias) -> tuple[Array, ...]:
+    of_chunk = functools.partial(_chunk, options)
+    return sums_of_logits(of_chunk, hidden, kernel, bias, (targets, weights), chunk=options.chunk, dtype=dtype)
 
 
-def _forward(hidden, kernel, targets, weights, options, dtype):
-    cast = kernel.astype(dtype)
+class _Softmax(NamedTuple):
+    """Of the positions of a chunk; [B, T, V] are this device's columns where the vocabulary is split."""
 
-    def body(carry, chunk):
-        loss, nll, d_logits = _chunk(chunk, cast, options)
-        d_logits = d_logits.astype(dtype)
-        d_hidden = jnp.einsum('BTV,DV->BTD', d_logits, cast, preferred_element_type=jnp.float32)
-        d_kernel = jnp.einsum('BTD,BTV->DV', chunk[0], d_logits, preferred_element_type=jnp.float32)
-        return (carry[0] + loss, carry[1] + nll, carry[2] + d_kernel), d_hidden
+    logits: Array  # float32[B, T, V]
+    real: Array | None  # bool[1, 1, V]: which columns are not padding; None where none is
+    hit: Array  # bool[B, T, V]: the target
+    target: Array  # float32[B, T]: its logit
+    top: Array  # float32[B, T]: the largest logit
+    exps: Array  # float32[B, T, V]: exp(logits - top)
+    total: Array  # float32[B, T]: their sum
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jnp.zeros(kernel.shape, jnp.float32))
-    chunks = _split(hidden.astype(dtype), targets, weights, options.chunk)
-    (loss, nll, d_kernel), d_hidden = jax.lax.scan(body, start, chunks)
-    d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape)
-    return (loss, nll), (d_hidden.astype(hidden.dtype), d_kernel.astype(kernel.dtype))
+    @property
+    def log_z(self) -> Array:
+        return jnp.log(self.total) + self.top
 
-
-def _backward(options, dtype, gradients, cotangents):
-    scale = cotangents[0]
-    d_hidden, d_kernel = gradients
-    return scale * d_hidden, scale * d_kernel, None, None
+    def sum(self, split: Split) -> Array:
+        """float32[B, T]: of the logits."""
+        shown = self.logits if self.real is None else jnp.where(self.real, self.logits, 0.0)
+        return jax.lax.psum(shown.sum(axis=-1), split)
 
 
-_loss = jax.custom_vjp(_plain, nondiff_argnums=(4, 5))
-_loss.defvjp(_forward, _backward)
-
-
-def _split(hidden, targets, weights, chunk):
-    """Rows stay whole, so the batch keeps its sharding: [B, T, …] → [T / chunk, B, chunk, …]."""
-    count = hidden.shape[1] // chunk
-    return [x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1) for x in (hidden, targets, weights)]
-
-
-def _chunk(chunk, kernel, options):
-    """Sums of loss and nll over one chunk, and the gradient of the loss with respect to its raw logits."""
-    hidden, targets, weights = chunk
-    size, cap, smooth = options.vocab_size, options.softcap, options.label_smoothing
-    logits = jnp.einsum('BTD,DV->BTV', hidden, kernel, preferred_element_type=jnp.float32)
-    logits = sharding.constrain(logits, 'BTV')
-    if cap:
-        logits = cap * jnp.tanh(logits / cap)
-    columns = jax.lax.broadcasted_iota(jnp.int32, (1, 1, kernel.shape[1]), 2)
-    real = columns < size
-    padded = kernel.shape[1] > size
-    shown = jnp.where(real, logits, -jnp.inf) if padded else logits
-    top = shown.max(axis=-1, keepdims=True)
+def _softmax(hidden, kernel, bias, targets, options, split) -> _Softmax:
+    logits, columns, real = logits_of_chunk(hidden, kernel, bias, options.vocab_size, options.softcap, split)
+    shown = logits if real is None else jnp.where(real, logits, -jnp.inf)
+    top = jax.lax.pmax(shown.max(axis=-1, keepdims=True), split)
     exps = jnp.exp(shown - top)
-    total = exps.sum(axis=-1, keepdims=True)
-    log_z = jnp.log(total) + top
     # A masked sum and not a gather: it stays where the vocabulary's shard is.
     hit = columns == targets[..., None]
-    target_logit = jnp.where(hit, logits, 0.0).sum(axis=-1)
-    log_z_row = log_z[..., 0]
-    nll = log_z_row - target_logit
+    target = jax.lax.psum(jnp.where(hit, logits, 0.0).sum(axis=-1), split)
+    return _Softmax(logits, real, hit, target, top[..., 0], exps, jax.lax.psum(exps.sum(axis=-1), split))
+
+
+def log_probs(hidden, kernel, bias, targets, options: Options, split: Split) -> Float[Array, 'B T']:
+    """log p of the targets of one chunk, with this device's columns of a vocabulary split over the axes `split`."""
+    found = _softmax(hidden, kernel, bias, targets, options, split)
+    return found.target - found.log_z
+
+
+def _chunk(options: Options, hidden, kernel, bias, rows, columns, split):
+    """Sums over one chunk: loss, nll and, where it is asked for, what is right."""
+    targets, weights = rows
+    size, cap, smooth = options.vocab_size, options.softcap, options.label_smoothing
+    found = _softmax(hidden, kernel, bias, targets, options, split)
+    log_z = found.log_z
+    nll = log_z - found.target
     loss = nll
     if smooth:
-        mean = (jnp.where(real, logits, 0.0) if padded else logits).sum(axis=-1) / size
-        loss = (1 - smooth) * nll + smooth * (log_z_row - mean)
+        loss = (1 - smooth) * nll + smooth * (log_z - found.sum(split) / size)
     scale = 1.0
     if options.z_loss:
-        loss = loss + options.z_loss * log_z_row**2
+        loss = loss + options.z_loss * log_z**2
         scale = 1.0 + 2.0 * options.z_loss * log_z
-    d_logits = exps * (scale / total) - jnp.where(hit, 1.0 - smooth, 0.0)
+    d_logits = found.exps * (scale / found.total)[..., None] - jnp.where(found.hit, 1.0 - smooth, 0.0)
     if smooth:
-        d_logits = d_logits - (jnp.where(real, smooth / size, 0.0) if padded else smooth / size)
+        d_logits = d_logits - (smooth / size if found.real is None else jnp.where(found.real, smooth / size, 0.0))
     if cap:
-        d_logits = d_logits * (1.0 - (logits / cap) ** 2)
+        d_logits = d_logits * (1.0 - (found.logits / cap) ** 2)
     weighted = weights.astype(jnp.float32)
-    return (loss * weighted).sum(), (nll * weighted).sum(), d_logits * weighted[..., None]
+    sums = (loss * weighted).sum(), (nll * weighted).sum()
+    if options.judged:
+        sums = *sums, ((found.target >= found.top) * weighted).sum()
+    return sums, d_logits * weighted[..., None]

@@ -1,0 +1,81 @@
+"""log p of each target by itself, for losses that are not sums over tokens; float32 [B, T, V] never exists.
+
+The backward pass is that of `cross_entropy` with the cotangents for weights: only then is it known what each token
+weighs, so the logits are computed once more.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from tpu_llm.arrays import AnyArray, Array, Float, Int
+from tpu_llm.kernels import cross_entropy
+from tpu_llm.kernels.chunked import split_rows
+from tpu_llm.kernels.cross_entropy import Options
+from tpu_llm.parallel import sharding
+
+
+@jax.named_scope('loss')
+def token_log_probs(
+    hidden: Float[Array, 'B T D'],
+    kernel: Float[Array, 'D V'],
+    targets: Int[AnyArray, 'B T'],
+    options: Options,
+    dtype: jnp.dtype,
+    bias: Float[Array, ' V'] | None = None,
+    temperature: float = 1.0,
+) -> Float[Array, 'B T']:
+    """log softmax(logits / temperature) of the targets, float32; gradients flow to `hidden`, `kernel` and `bias`.
+
+    Of the options it reads `vocab_size`, `softcap` and `chunk`.
+    """
+    if temperature != 1.0:
+        assert not options.softcap, 'soft-capped logits are not linear in the hidden states'
+        hidden, bias = hidden / temperature, None if bias is None else bias / temperature
+    return _log_probs(hidden, kernel, bias, jnp.asarray(targets), options, dtype)
+
+
+def _plain(hidden, kernel, bias, targets, options, dtype):
+    hidden, kernel = hidden.astype(dtype), kernel.astype(dtype)
+    layout = sharding.current()
+    if layout is None or layout.mesh.size == 1:
+        return _of_device(hidden, kernel, bias, targets, options, ())
+    batch, length, vocab = layout.spec('BTV')
+    rows, columns = PartitionSpec(batch, length), PartitionSpec(None, vocab)
+    return sharding.manual(
+        functools.partial(_of_device, options=options, split=sharding.axis_names(vocab)),
+        layout,
+        in_specs=(rows, columns, PartitionSpec(vocab), rows),
+        out_specs=rows,
+    )(hidden, kernel, bias, targets)
+
+
+def _of_device(hidden, kernel, bias, targets, options, split):
+    """Of a device's own positions, with its own part of the vocabulary."""
+
+    def one(carry, chunk):
+        return carry, cross_entropy.log_probs(chunk[0], kernel, bias, chunk[1], options, split)
+
+    chunks = split_rows((hidden, targets), options.chunk, kernel.shape[1])
+    _, found = jax.lax.scan(one, None, chunks)
+    return found.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, : hidden.shape[1]]
+
+
+def _forward(hidden, kernel, bias, targets, options, dtype):
+    return _log_probs(hidden, kernel, bias, targets, options, dtype), (hidden, kernel, bias, targets)
+
+
+def _backward(options, dtype, kept, cotangent):
+    hidden, kernel, bias, targets = kept
+
+    def weighted(hidden, kernel, bias):
+        return cross_entropy.cross_entropy(hidden, kernel, targets, -cotangent, options, dtype, bias)[0]
+
+    _, pull = jax.vjp(weighted, hidden, kernel, bias)
+    return *pull(jnp.float32(1.0)), None
+
+
+_log_probs = jax.custom_vjp(_plain, nondiff_argnums=(4, 5))
+_log_probs.defvjp(_forward, _backward)
