@@ -6,7 +6,7 @@ import pytest
 import toy
 from flax import nnx
 
-from tpu_llm.models.decoder import DecoderConfig
+from tpu_llm.models.decoder_config import DecoderConfig
 from tpu_llm.nn.einsum import Einsum
 from tpu_llm.nn.embed import Embed, Head
 from tpu_llm.nn.norm import LayerNorm

@@ -52,7 +52,7 @@ def test_a_single_step_takes_the_peak(decay):
 
 @pytest.mark.parametrize('steps', [4, 5])
 def test_a_warmup_that_leaves_no_step_is_an_error(steps):
-    with pytest.raises(ConfigError, match=f'schedule: warmup = 5 does not end within the {steps} steps; lower one or'):
+    with pytest.raises(ConfigError, match=f'schedule: warmup = 5 does not end within the {steps} steps; lower one '):
         Schedule(peak=1.0, warmup=5).make(steps)
 
 
@@ -68,3 +68,14 @@ WRONG = [
 def test_a_schedule_that_cannot_be_says_why(fields, message):
     with pytest.raises(ConfigError, match=message):
         Schedule(**fields).validate()
+
+
+def test_a_warmup_below_one_is_a_share_of_the_steps():
+    share, whole = (Schedule(peak=1.0, warmup=warmup).make(200) for warmup in (0.05, 10))
+    assert [float(share(step)) for step in range(200)] == [float(whole(step)) for step in range(200)]
+    assert float(Schedule(peak=1.0, warmup=0.05).make(10)(0)) == 1.0  # half a step is none
+
+
+def test_a_warmup_of_part_of_a_step_is_refused():
+    with pytest.raises(ConfigError, match=r'warmup = 2\.5; write whole steps, or a share of all steps below 1'):
+        Schedule(peak=1.0, warmup=2.5).validate()

@@ -37,7 +37,33 @@ class Einsum(nnx.Module):
     def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
         return self.add_bias(jnp.einsum(self.spec, x, self.kernel[...].astype(x.dtype)))
 
+    def weight(self) -> Float[Array, '...']:
+        """The matrix that x is multiplied by, for those who multiply it themselves."""
+        return self.kernel[...]
+
     def add_bias(self, y: Float[Array, '...']) -> Float[Array, '...']:
+        return y if self.bias is None else add_trailing(y, self.bias[...])
+
+
+class Cut(nnx.Module):
+    """An Einsum whose kernel is some rows of a matrix that it may share with others; see `nn/joined.py`."""
+
+    def __init__(self, whole: nnx.Variable, start: int, shape: tuple[int, ...], bias: nnx.Param | None):
+        self.whole = whole
+        self.shape = shape
+        self.start, self.stop = start, start + math.prod(shape)
+        self.bias = bias
+
+    def __call__(self, x: Float[Array, 'B T ...']) -> Float[Array, '...']:
+        return self.of(self.times_whole(x))
+
+    def times_whole(self, x: Float[Array, 'B T ...']) -> Float[Array, 'B T _']:
+        """The product with all of the matrix; what is summed over are all dims of x but its first two."""
+        return jnp.einsum('BTD,YD->BTY', x.reshape(*x.shape[:2], -1), self.whole[...].astype(x.dtype))
+
+    def of(self, whole: Float[Array, 'B T _']) -> Float[Array, '...']:
+        """Its own part of that product."""
+        y = whole[..., self.start : self.stop].reshape(*whole.shape[:-1], *self.shape)
         return y if self.bias is None else add_trailing(y, self.bias[...])
 
 
@@ -46,6 +72,10 @@ def project(x: Float[Array, 'B T D'], maps: Sequence[nnx.Module]) -> list[Float[
 
     Weights that are split over `tensor` stay apart, since joining them would move them.
     """
+    cuts = [each for each in maps if isinstance(each, Cut)]
+    if len(cuts) == len(maps):
+        whole = cuts[0].times_whole(x)
+        return [each.of(whole) for each in cuts]
     if len(maps) == 1 or not _joins(maps):
         return [each(x) for each in maps]
     kernels = [each.kernel[...].astype(x.dtype) for each in maps]

@@ -8,13 +8,16 @@ not.
 """
 
 import dataclasses
+import functools
 import re
+import statistics
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tpu_llm.arrays import Array, Float, Key
@@ -29,13 +32,16 @@ _GROUP = re.compile(r'\b(prefix|period|suffix)\.\d+\.')
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Normal:
-    """A normal distribution cut at two standard deviations, with standard deviation `std` after the cut."""
+    """A normal distribution cut at two standard deviations, with standard deviation `std` after the cut.
+
+    Sixteen random bits choose one of 65,536 equally likely values. Bits and a look-up are exact on every mesh; the
+    usual polynomial in floats is not, since how a compiler contracts it depends on the shard's shape.
+    """
 
     std: float
 
     def __call__(self, key: Key[Array, ''], shape: tuple[int, ...]) -> Float[Array, '...']:
-        # 0.8796 is the standard deviation of a unit normal cut at two.
-        return jax.random.truncated_normal(key, -2.0, 2.0, shape) * (self.std / 0.87962566)
+        return jnp.asarray(_quantiles())[jax.random.bits(key, shape, 'uint16')] * jnp.float32(self.std)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,15 +52,35 @@ class Constant:
         return jnp.full(shape, self.value, jnp.float32)
 
 
-def param(dims: str, shape: tuple[int, ...], init: Init, *, summed: str = '', padding: int = 0) -> nnx.Param:
+@functools.cache
+def _quantiles() -> np.ndarray:
+    """float32[65536]: the middles of as many equally likely slices of the cut normal, scaled to deviation 1."""
+    normal = statistics.NormalDist()
+    low = normal.cdf(-2.0)
+    lower = np.array([normal.inv_cdf(low + (0.5 - low) * (i + 0.5) / 2**15) for i in range(2**15)])
+    values = np.concatenate([lower, -lower[::-1]])
+    return (values / values.std()).astype(np.float32)
+
+
+def param(
+    dims: str,
+    shape: tuple[int, ...],
+    init: Init,
+    *,
+    summed: str = '',
+    padding: int = 0,
+    nudge: float = 0.0,
+    added: bool = False,
+) -> nnx.Param:
     """A declared float32 parameter.
 
     `summed` names the dims a linear map sums over (Muon asks). The last `padding` entries of the V dim are not
-    real: drawn as zeros.
+    real: drawn as zeros. With `nudge` the optimizer leaves it alone: each step moves it by that much against the sign
+    of its gradient. What is `added` to a model may be missing where its weights are read from: it is drawn then.
     """
     assert len(dims) == len(shape)
     value = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return nnx.Param(value, dims=dims, init=init, summed=summed, padding=padding, layers=())
+    return nnx.Param(value, dims=dims, init=init, summed=summed, padding=padding, nudge=nudge, added=added, layers=())
 
 
 def named_params(model: nnx.Module) -> Iterator[tuple[str, nnx.Param]]:
@@ -64,29 +90,37 @@ def named_params(model: nnx.Module) -> Iterator[tuple[str, nnx.Param]]:
 
 
 def padding_size(leaf: nnx.Param) -> int:
-    """How many of a parameter's numbers only pad the vocabulary."""
-    dims, padding = leaf.get_metadata('dims'), leaf.get_metadata('padding')
-    return leaf.size // leaf.shape[dims.index('V')] * padding if padding else 0
+    """How many of a parameter's numbers only pad the vocabulary or the stages."""
+    meta = leaf.get_metadata()
+    if meta['dims'].startswith('L'):
+        return leaf.size // len(meta['layers']) * meta['layers'].count(-1)
+    return leaf.size // leaf.shape[meta['dims'].index('V')] * meta['padding'] if meta['padding'] else 0
 
 
 def count_parameters(model: nnx.Module) -> int:
-    """How many numbers the model learns, vocabulary padding not counted."""
+    """How many numbers the model learns, padding not counted."""
     return sum(leaf.size - padding_size(leaf) for _, leaf in named_params(model))
 
 
 def initialise(model: M, seed: int, layout: Layout | None = None) -> M:
     """Draws every declared parameter of `model`, in place; with a layout, onto its shards. Returns the model."""
-    state = nnx.state(model, nnx.Param)
-    leaves = list(named_params(model))
-
-    def draw_all(key: Key[Array, '']) -> list[Array]:
-        return [_draw(key, path, leaf) for path, leaf in leaves]
-
-    shardings = [param_sharding(layout, path, leaf) for path, leaf in leaves] if layout else None
-    drawn = jax.jit(draw_all, out_shardings=shardings)(jax.random.key(seed))
-    flat = [(path, leaf.replace(value)) for (path, leaf), value in zip(nnx.to_flat_state(state), drawn, strict=True)]
+    drawn = draw(dict(named_params(model)), seed, layout)
+    flat = [
+        (path, leaf.replace(drawn['.'.join(map(str, path))]))
+        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    ]
     nnx.update(model, nnx.from_flat_state(flat))
     return model
+
+
+def draw(leaves: Mapping[str, nnx.Param], seed: int, layout: Layout | None = None) -> dict[str, Array]:
+    """The values of declared parameters, in one compiled call; with a layout, onto their shards."""
+
+    def draw_all(key: Key[Array, '']) -> dict[str, Array]:
+        return {path: _draw(key, path, leaf) for path, leaf in leaves.items()}
+
+    shardings = {path: param_sharding(layout, path, leaf) for path, leaf in leaves.items()} if layout else None
+    return jax.jit(draw_all, out_shardings=shardings)(jax.random.key(seed))
 
 
 def param_sharding(layout: Layout, path: str, leaf: nnx.Param) -> jax.sharding.NamedSharding:
@@ -109,5 +143,7 @@ def _draw(key: Key[Array, ''], path: str, leaf: nnx.Param) -> Float[Array, '...'
         return jnp.pad(init(key, real), [(0, size - n) for size, n in zip(shape, real, strict=True)])
 
     if stacked:
-        return jax.vmap(lambda layer: draw(jax.random.fold_in(key, layer)))(jnp.asarray(layers))
+        drawn = jax.vmap(lambda layer: draw(jax.random.fold_in(key, layer)))(jnp.asarray(layers))
+        real = jnp.asarray(layers) >= 0
+        return drawn if -1 not in layers else jnp.where(real.reshape(-1, *[1] * len(shape)), drawn, 0.0)
     return draw(jax.random.fold_in(key, layers[0]) if layers else key)

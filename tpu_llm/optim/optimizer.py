@@ -1,6 +1,9 @@
 """Optimizer configs. Each makes one optax chain over a flat `{path: array}` of parameters:
 
-clip the gradients' global norm → the method's direction → weight decay → per-group scale → learning rate.
+clip the gradients' global norm → the method's direction → weight decay → per-group scale,
+
+and then takes a step of the learning rate in that direction. A parameter with a `nudge` (a router's bias) is left out
+of all that: each step moves it by so much against the sign of its gradient.
 """
 
 import dataclasses
@@ -9,21 +12,53 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from tpu_llm.arrays import Array
+from tpu_llm.arrays import Array, Float, Int
 from tpu_llm.config import ConfigError
+from tpu_llm.optim.factored import scale_by_factored_moments
+from tpu_llm.optim.params import Axes, ParamInfo, matrix
 from tpu_llm.optim.schedule import Schedule
+
+Arrays = dict[str, Any]  # by path
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ParamInfo:
-    """What an optimizer may know of a parameter besides its value."""
+class Update:
+    """An optimizer at work: pure functions over parameters and gradients by path, and optax's state.
 
-    dims: str
-    summed: str  # the dims a linear map sums over; empty for what is no linear map
+    The rate is that of the run's step. optax's own count is of updates, and a skipped step is none: by it, every one
+    would shift the schedule.
+    """
+
+    direction: optax.GradientTransformation
+    rate: optax.Schedule
+    nudges: Mapping[str, float]  # parameters that are not optimised, and how far a step moves them
+
+    def init(self, params: Arrays) -> optax.OptState:
+        return self.direction.init(self._optimised(params))
+
+    @jax.named_scope('optimizer')
+    def __call__(
+        self, gradients: Arrays, state: optax.OptState, params: Arrays, step: Int[Array, '']
+    ) -> tuple[Arrays, optax.OptState, Float[Array, '']]:
+        """Parameters and state after an update at `step` (which counts from 0), and the learning rate it took."""
+        directions, state = self.direction.update(self._optimised(gradients), state, self._optimised(params))
+        rate = jnp.asarray(self.rate(step), jnp.float32)
+        nudged = {path: by * _sign(gradients[path]) for path, by in self.nudges.items()}
+        moved = jax.tree.map(lambda direction: rate * direction, directions) | nudged
+        return {path: value - moved[path] for path, value in params.items()}, state, rate
+
+    @jax.named_scope('optimizer')
+    def norm(self, gradients: Arrays) -> Float[Array, '']:
+        """The global norm of the gradients that are optimised; NaN where one that only nudges is not finite."""
+        sound = jnp.array([jnp.isfinite(gradients[path]).all() for path in self.nudges], bool).all()
+        return jnp.where(sound, optax.tree.norm(self._optimised(gradients)), jnp.nan)
+
+    def _optimised(self, arrays: Arrays) -> Arrays:
+        return {path: x for path, x in arrays.items() if path not in self.nudges}
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -53,19 +88,27 @@ class Optimizer:
     def validate(self) -> None:
         if self.clip < 0 or self.weight_decay < 0:
             raise ConfigError(f'clip = {self.clip} and weight_decay = {self.weight_decay} must not be negative')
+        for name in ('b1', 'b2', 'momentum'):
+            if not 0.0 <= getattr(self, name, 0.0) < 1.0:
+                raise ConfigError(f'{name} is {getattr(self, name)}; write a share to keep, from 0 to below 1')
+        for name in ('eps', 'decay_rate', 'min_factored'):
+            if getattr(self, name, 1) <= 0:
+                raise ConfigError(f'{name} is {getattr(self, name)}; it must be above 0')
 
     def direction(self, infos: Mapping[str, ParamInfo]) -> optax.GradientTransformation:
         """The method itself: gradients to an unscaled step."""
         raise AssertionError('Optimizer is the base; choose AdamW, Lion, …')
 
-    def make(self, infos: Mapping[str, ParamInfo], steps: int) -> optax.GradientTransformation:
-        """The whole chain. Raises ConfigError for a group that matches no parameter."""
+    def make(self, infos: Mapping[str, ParamInfo], steps: int) -> Update:
+        """The whole chain, for a run of so many steps. Raises ConfigError for a group that matches no parameter."""
+        nudges = {path: info.nudge for path, info in infos.items() if info.nudge}
+        infos = {path: info for path, info in infos.items() if path not in nudges}
         for group in self.groups:
             if not any(re.search(group.match, path) for path in infos):
                 raise ConfigError(f'optimizer group {group.match!r} matches none of the {len(infos)} parameters')
         rates = {path: self._factor(path, 'learning_rate') for path in infos}
         decays = {
-            path: self.weight_decay * self._factor(path, 'weight_decay') * _is_matrix(path, info)
+            path: self.weight_decay * self._factor(path, 'weight_decay') * (matrix(path, info) is not None)
             for path, info in infos.items()
         }
         chain = [optax.clip_by_global_norm(self.clip)] if self.clip else []
@@ -74,7 +117,7 @@ class Optimizer:
             chain.append(_add_decay(decays))
         if any(rate != 1.0 for rate in rates.values()):
             chain.append(_scale_each(rates))
-        return optax.chain(*chain, optax.scale_by_learning_rate(self.schedule.make(steps)))
+        return Update(optax.chain(*chain), self.schedule.make(steps), nudges)
 
     def _factor(self, path: str, field: str) -> float:
         """The product of that field over the groups that match."""
@@ -124,13 +167,10 @@ class Adafactor(Optimizer):
     """Second moments kept as rows and columns (Shazeer and Stern, 2018, arXiv 1804.04235); RMS at most 1."""
 
     decay_rate: float = 0.8
-    min_factored: int = 128  # dims shorter than this keep their full second moment
+    min_factored: int = 128  # matrices with fewer rows or columns keep their full second moment
 
     def direction(self, infos: Mapping[str, ParamInfo]) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.scale_by_factored_rms(decay_rate=self.decay_rate, min_dim_size_to_factor=self.min_factored),
-            optax.clip_by_block_rms(1.0),
-        )
+        return scale_by_factored_moments(infos, decay_rate=self.decay_rate, min_factored=self.min_factored)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -147,42 +187,28 @@ class Muon(Optimizer):
     eps: float = 1e-8
 
     def direction(self, infos: Mapping[str, ParamInfo]) -> optax.GradientTransformation:
-        shapes = {path: _matrix_dims(info) for path, info in infos.items()}
+        maps = {path: info.linear_map for path, info in infos.items() if info.linear_map}
+        dims = {path: contrib.MuonDimensionNumbers(*axes) for path, axes in maps.items()}
 
         # optax hides the other group's entries behind MaskedNode, and wants it back in their places.
         def dims_of(updates: Any) -> Any:
-            return {p: u if isinstance(u, optax.MaskedNode) else shapes[p] for p, u in updates.items()}
+            return {path: dims.get(path, update) for path, update in updates.items()}
 
         def to_adams_size(updates: Any, params: Any) -> Any:
-            return jax.tree.map(_scale_to_rms, updates, dims_of(updates))
+            return {path: _to_rms(u, infos[path], maps[path]) if path in maps else u for path, u in updates.items()}
 
         muon = optax.chain(
             contrib.scale_by_muon(beta=self.momentum, weight_dimension_numbers=dims_of),
             optax.stateless(to_adams_size),
         )
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
-        labels = {path: 'muon' if shapes[path] else 'adam' for path in infos}
+        labels = {path: 'muon' if path in dims else 'adam' for path in infos}
         return optax.partition({'adam': adam, 'muon': muon}, labels)
 
 
-def _is_matrix(path: str, info: ParamInfo) -> bool:
-    # A bias may have two dims as well: one number for each head and place ('NH').
-    return len(info.dims.removeprefix('L')) > 1 and not path.endswith('.bias')
-
-
-def _matrix_dims(info: ParamInfo) -> contrib.MuonDimensionNumbers | None:
-    """Which dims are the rows and columns of a layer's linear map; None for everything else."""
-    if not info.summed:
-        return None
-    rows = tuple(i for i, letter in enumerate(info.dims) if letter in info.summed)
-    columns = tuple(i for i, letter in enumerate(info.dims) if letter not in info.summed + 'L')
-    return contrib.MuonDimensionNumbers(rows, columns) if columns else None
-
-
-def _scale_to_rms(update: Array, dims: contrib.MuonDimensionNumbers) -> Array:
+def _to_rms(update: Array, info: ParamInfo, axes: Axes) -> Array:
     """An orthogonal step, scaled to a root mean square of 0.2 an entry."""
-    rows, columns = (int(np.prod(np.take(update.shape, axes))) for axes in dims)
-    return 0.2 * max(rows, columns) ** 0.5 * update
+    return 0.2 * max(info.count(update.shape, each) for each in axes) ** 0.5 * update
 
 
 def _add_decay(decays: Mapping[str, float]) -> optax.GradientTransformation:
@@ -198,3 +224,8 @@ def _scale_each(rates: Mapping[str, float]) -> optax.GradientTransformation:
         return {path: rates[path] * u for path, u in updates.items()}
 
     return optax.stateless(update)
+
+
+def _sign(gradient: Array) -> Array:
+    """Its sign, 0 within a millionth of 0: an even load must not be pushed about by rounding."""
+    return jnp.where(jnp.abs(gradient) > 1e-6, jnp.sign(gradient), 0.0)

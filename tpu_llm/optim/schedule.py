@@ -10,14 +10,15 @@ from tpu_llm.config import ConfigError, schedule
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Schedule:
-    """Linear warm-up over `warmup` steps to `peak`, then `decay` down to `peak * final` at the last step.
+    """Linear warm-up over `warmup` steps (below 1: that share of all steps) to `peak`, then `decay` down to `peak *
+    final` at the last step.
 
     cosine: half a cosine (Loshchilov and Hutter, 2016); linear: a line; wsd: flat, then a line over the last
     `cooldown` share of the steps (warm-up, stable, decay: Hu et al., 2024, arXiv 2404.06395); constant: flat.
     """
 
     peak: float
-    warmup: int = schedule(0)
+    warmup: float = schedule(0)
     decay: Literal['cosine', 'linear', 'wsd', 'constant'] = 'cosine'
     final: float = 0.1
     cooldown: float = 0.2
@@ -25,17 +26,21 @@ class Schedule:
     def validate(self) -> None:
         if self.peak < 0 or self.warmup < 0:
             raise ConfigError(f'peak = {self.peak} and warmup = {self.warmup} must not be negative')
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            raise ConfigError(f'warmup = {self.warmup}; write whole steps, or a share of all steps below 1')
         if not 0.0 <= self.final <= 1.0 or not 0.0 < self.cooldown <= 1.0:
             raise ConfigError(f'final = {self.final} and cooldown = {self.cooldown} are shares from 0 to 1')
 
     def make(self, steps: int) -> optax.Schedule:
         """step → learning rate. Raises ConfigError where the warm-up leaves no steps to train."""
-        if self.warmup >= steps and self.warmup > 0:
+        warmup = int(self.warmup if self.warmup >= 1 else self.warmup * steps)
+        if warmup >= steps and warmup > 0:
             raise ConfigError(
-                f'schedule: warmup = {self.warmup} does not end within the {steps} steps; lower one or raise the other'
+                f'schedule: warmup = {warmup} does not end within the {steps} steps; lower one '
+                '(--config.optimizer.schedule.warmup=0) or raise the other'
             )
         # The first step after the warm-up takes the peak, the last one the final rate.
-        fall = max(1, steps - self.warmup - 1)
+        fall = max(1, steps - warmup - 1)
         if self.decay == 'cosine':
             tail = optax.cosine_decay_schedule(self.peak, fall, alpha=self.final)
         elif self.decay == 'linear':
@@ -45,8 +50,8 @@ class Schedule:
             tail = optax.linear_schedule(self.peak, self.peak * self.final, cooldown, fall - cooldown)
         else:
             tail = optax.constant_schedule(self.peak)
-        if not self.warmup:
+        if not warmup:
             return tail
         # The first step already moves: with warm-up 10 it takes peak / 10.
-        rising = optax.linear_schedule(self.peak / self.warmup, self.peak, self.warmup - 1)
-        return optax.join_schedules([rising, tail], [self.warmup])
+        rising = optax.linear_schedule(self.peak / warmup, self.peak, warmup - 1)
+        return optax.join_schedules([rising, tail], [warmup])
