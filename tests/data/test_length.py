@@ -54,12 +54,6 @@ def test_an_epoch_reads_every_document_once(small: Data, tmp_path: Path, overlon
     assert sum(piece.start == 0 for piece in pieces) <= len(read) + 1
 
 
-@pytest.mark.parametrize('length', [{}, {'steps': 3, 'tokens': 4}, {'tokens': 4, 'epochs': 1}])
-def test_one_length_is_given(small: Data, tmp_path: Path, length: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match='give the length of the run once, in steps, tokens or epochs; it has'):
-        run_steps(small, opened(small, tmp_path), **length)
-
-
 def test_epochs_need_known_lengths(small: Data, tmp_path: Path) -> None:
     data = dataclasses.replace(small, cache='')
     with pytest.raises(

@@ -103,8 +103,7 @@ def test_same_bytes_whatever_the_hosts_the_workers_and_the_kills(
                 for step, element in enumerate(itertools.islice(iter(reader.__next__, None), steps + lost), done + 1):
                     if step > STEPS:
                         break
-                    weights = np.ones(element['tokens'].shape, np.float32)
-                    batch = Batch(weights=weights, **{k: v for k, v in element.items() if k != 'state'})
+                    batch = Batch(**{k: v for k, v in element.items() if k != 'state'})
                     assert rows_of(batch) == [expected[step - 1][lane] for lane in sorted(owned)]
                     if step == min(done + steps, STEPS):
                         saved.append(element['state'])

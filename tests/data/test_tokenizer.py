@@ -150,7 +150,7 @@ def test_ids_only_knows_the_marks() -> None:
     marks = Ids(vocab_size=50_257, bos=50_256, eos=50_256).make(iter(()), '')
     assert (marks.vocab_size, marks.bos, marks.eos) == (50_257, 50_256, 50_256)
     for call in (lambda: marks.encode('x'), lambda: marks.decode([1])):
-        with pytest.raises(ConfigError, match=r'give the \.model file'):
+        with pytest.raises(ConfigError, match='give its file as Pretrained'):
             call()
 
 
@@ -162,7 +162,7 @@ def test_ids_only_knows_the_marks() -> None:
         (lambda p: Pretrained(path=f'{p}/bare.model').make(iter(()), p), r'bare\.model has no begin or no end mark'),
         (
             lambda p: TrainedBPE(vocab_size=4096).make(iter(['abc']), p),
-            r'cannot train 4096 pieces: .* set it to a value <= \d+',
+            r'cannot train 4096 pieces: .* value <= \d+; give more text, or fewer pieces: config\.data\.',
         ),
         (lambda p: TrainedBPE(vocab_size=4096).make(iter(()), p), 'cannot train 4096 pieces: there is no text'),
         (lambda p: validate(TrainedBPE(vocab_size=259)), 'vocab_size is 259; .* at least 300'),

@@ -6,6 +6,7 @@ from rich import box
 from rich.table import Table
 
 from tpu_llm.data.documents import Documents
+from tpu_llm.data.examples import count_pairs
 from tpu_llm.data.loader import Data, Loader, open_documents, open_tokenizer
 from tpu_llm.data.packing import Piece
 
@@ -24,4 +25,4 @@ def audit(data: Data, *, seed: int, step: int, workdir: str) -> Table:
 
 def _describe(piece: Piece, names: Sequence[str], docs: Sequence[Documents]) -> tuple[str, ...]:
     name = docs[piece.source].name(piece.document)
-    return names[piece.source], name, f'{piece.start}–{piece.stop - 1}', str(len(piece.ids) - 1)
+    return names[piece.source], name, f'{piece.start}–{piece.stop - 1}', str(count_pairs(piece.ids))

@@ -4,7 +4,9 @@ The folder's name is a hash of what the source holds and of the tokenizer, so no
 optimization: delete it, and the run reads the same batches more slowly.
 """
 
+import contextlib
 import functools
+import io
 import os
 import shutil
 import tempfile
@@ -66,17 +68,33 @@ def cached(docs: Documents, tokenizer: Tokenizer, cache: epath.PathLike) -> Cach
 
 
 def _write(docs: Documents, tokenizer: Tokenizer, folder: Path, dtype: np.dtype) -> None:
+    with appearing_whole(folder) as part:
+        with (part / 'tokens.bin').open('wb') as file:
+            spans = _write_tokens(docs, tokenizer, file, dtype)
+        save_array(part / 'spans.npy', spans)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    file = io.BytesIO()  # NumPy's own writing hides why it failed
+    np.save(file, array)
+    path.write_bytes(file.getvalue())
+
+
+@contextlib.contextmanager
+def appearing_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `folder` once all is written."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix='part-'))
     try:
-        with (part / 'tokens.bin').open('wb') as file:
-            spans = _write_tokens(docs, tokenizer, file, dtype)
-        np.save(part / 'spans.npy', spans)
+        yield part
         try:
             os.rename(part, folder)
         except OSError:
             if not folder.exists():  # else another process was first, and wrote the same
                 raise
+    except OSError as error:
+        error.filename = error.filename or os.fspath(folder)  # a full disk does not say which
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -90,7 +108,7 @@ def _write_tokens(docs: Documents, tokenizer: Tokenizer, file: BinaryIO, dtype: 
                 tokens = next(texts)
             else:
                 tokens = tokens_of(document, tokenizer, functools.partial(docs.name, index))
-            tokens.astype(dtype).tofile(file)
+            file.write(tokens.astype(dtype).tobytes())
             spans[index] = end, end + len(tokens)
             end += len(tokens)
     return spans

@@ -54,7 +54,7 @@ class _Rows:
         try:
             from pyarrow import parquet
         except ImportError:
-            raise ConfigError("Parquet needs pyarrow: pip install 'tpu_llm[parquet]'") from None
+            raise ConfigError("Parquet needs pyarrow: pip install -e '.[parquet]'") from None
         self._file, self._column = file, column
         with file.open('rb') as stream:
             try:

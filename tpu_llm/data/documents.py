@@ -7,7 +7,7 @@ import glob
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -27,10 +27,12 @@ class BadRecord(ConfigError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-    """Text, or the ids of text that was tokenized before; exactly one of the two."""
+    """Text, or the ids of text that was tokenized before, or an example of post-training; exactly one of them."""
 
     text: str | None = None
     tokens: np.ndarray | None = None  # any integer dtype, [n], without begin and end marks
+    pairs: np.ndarray | None = None  # as `examples` has them
+    record: Mapping[str, Any] | None = None  # of a prompt, whose text the policy is to answer: what rewards may ask for
 
 
 class Documents(abc.ABC):
@@ -41,7 +43,9 @@ class Documents(abc.ABC):
 
     fingerprint: str
     on_bad: OnBad = 'stop'
+    skips = ''  # the flag that passes over bad records, where it is known
     tokenized = False  # whether it is files of ids already, of which a cache would be a copy
+    kind = 'text'  # else what its examples are: 'conversation', 'preference', …
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -58,15 +62,35 @@ class Documents(abc.ABC):
         """Ids of each document that is present, int64; None where only tokenizing would tell."""
         return None
 
+    def encoded(self, tokenizer: Tokenizer) -> 'Documents':
+        """The same, whose documents are examples as `pairs` if it is of such; until then these are their text."""
+        del tokenizer
+        return self
+
+    def read_first(self) -> None:
+        """Raises BadRecord where the first record is one: a file of other records is refused before anything begins."""
+        self[0]
+
     def __getitem__(self, index: int) -> Document | None:
         """The document, or None for a bad record where those are skipped (with a warning in the log)."""
         try:
             return self.read(index)
         except BadRecord as error:
             if self.on_bad == 'stop':
-                raise BadRecord(f"{error} (on_bad='skip' passes over such records)") from None
-            _log.warning('skipped %s', error)
+                flag = f': {self.skips}' if self.skips else ''
+                raise BadRecord(f"{error} (on_bad='skip' passes over such records{flag})") from None
+            say_skipped(str(error))
             return None
+
+
+_skipped: set[int] = set()
+
+
+def say_skipped(record: str) -> None:
+    """Once for each record, which is met again in every epoch; and how many they are in this process."""
+    if hash(record) not in _skipped:
+        _skipped.add(hash(record))
+        _log.warning('skipped %s (%d so far)', record, len(_skipped))
 
 
 @runtime_checkable
@@ -80,7 +104,8 @@ class Head(Documents):
     """The first `count` documents of a source."""
 
     def __init__(self, docs: Documents, count: int):
-        self.docs, self.count, self.on_bad = docs, min(count, len(docs)), docs.on_bad
+        self.docs, self.count = docs, min(count, len(docs))
+        self.on_bad, self.kind = docs.on_bad, docs.kind
         self.fingerprint = f'{docs.fingerprint}-{self.count}'
 
     def __len__(self) -> int:
@@ -94,6 +119,9 @@ class Head(Documents):
 
     def __getitem__(self, index: int) -> Document | None:
         return self.docs[index]
+
+    def encoded(self, tokenizer: Tokenizer) -> Documents:
+        return Head(self.docs.encoded(tokenizer), self.count)
 
 
 class FileDocuments(Documents):
@@ -194,7 +222,7 @@ def _remote(path: epath.PathLike) -> tuple[Any, str]:
 
         return fsspec.core.url_to_fs(str(path))
     except ImportError:
-        raise ConfigError(f"{path} needs gcsfs: pip install 'tpu_llm[gcs]'") from None
+        raise ConfigError(f"{path} needs gcsfs: pip install -e '.[gcs]'") from None
 
 
 def files_fingerprint(files: Iterable[epath.Path], *parts: Any) -> str:

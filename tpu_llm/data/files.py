@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from etils import epath
 
+from tpu_llm.config import ConfigError
 from tpu_llm.data import documents
 from tpu_llm.data.documents import BadRecord, Document, Documents, FileDocuments, OnBad
 
@@ -23,7 +24,7 @@ class Text:
     on_bad: OnBad = 'stop'
 
     def open(self) -> Documents:
-        return (_Whole if self.per == 'file' else _Lines)('text', self.paths, self.on_bad, self.per)
+        return (_Whole if self.per == 'file' else Lines)('text', self.paths, self.on_bad, self.per)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -54,7 +55,7 @@ class _Whole(FileDocuments):
         return str(file)
 
 
-class _Lines(FileDocuments):
+class Lines(FileDocuments):
     """Lines end with a line feed; empty lines are no documents."""
 
     def index(self, file: epath.Path) -> np.ndarray:
@@ -66,31 +67,41 @@ class _Lines(FileDocuments):
             return self.parse(data.decode('utf-8'))
         except UnicodeDecodeError as error:
             raise documents.not_utf8(self.record_name(file, index, i), error) from None
+        except ConfigError as error:
+            raise ConfigError(f'{self.record_name(file, index, i)}: {error}') from None
         except ValueError as error:
             raise BadRecord(f'{self.record_name(file, index, i)}: {error}') from None
 
     def parse(self, line: str) -> Document:
-        """Raises ValueError that says what is wrong with the line."""
+        """Raises ValueError that says what is wrong with the line; ConfigError where it is not the line's fault."""
         return Document(text=line)
 
     def record_name(self, file: epath.Path, index: np.ndarray, i: int) -> str:
         return f'{file}, line {line_number(file, int(index[i, 0]))}'
 
 
-class _Jsonl(_Lines):
+class _Jsonl(Lines):
     def __init__(self, kind: str, paths: tuple[str, ...], on_bad: OnBad, field: str):
         super().__init__(kind, paths, on_bad, field)
         self._field = field
 
     def parse(self, line: str) -> Document:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f'not JSON ({error.msg} at character {error.pos + 1})') from None
+        record = parse_json(line)
         if not isinstance(record, dict) or self._field not in record:
             held = f'has {", ".join(map(repr, record))}' if isinstance(record, dict) else 'is no object'
             raise ValueError(f'no field {self._field!r} (the record {held}); set field=')
         return text_or_tokens(record[self._field], self._field)
+
+
+def parse_json(line: str) -> Any:
+    """Raises ValueError that says where it is none."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        array = '; it looks like one JSON array: write an object a line' if line.lstrip().startswith('[') else ''
+        raise ValueError(f'not JSON ({error.msg} at character {error.pos + 1}{array})') from None
+    except RecursionError:
+        raise ValueError('JSON that is nested too deeply') from None
 
 
 def text_or_tokens(value: Any, field: str) -> Document:

@@ -10,6 +10,8 @@ Interleaving is for documents that span many rows: without it a row's place read
 end, and neighbouring batches hold the same few documents. The first 300 steps of the quickstart come to 2.02 bits a
 byte with 1 open document to a row, 1.87 with 8, 1.81 with 32.
 
+Packed whole, a lane holds a few documents that wait for a row (`packing.fill_row`); which they are is state, too.
+
 The state of a lane is a few integers (its step, the documents and tokens taken of each source, and where in which
 document it stands); the states of all lanes are the *lane table*, which a checkpoint stores and any split over hosts
 and workers can go on from.
@@ -17,27 +19,28 @@ and workers can go on from.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 
 from tpu_llm.config import ConfigError
+from tpu_llm.data import packing
+from tpu_llm.data.examples import count_pairs, count_texts
 from tpu_llm.data.mixture import Mixture, most_behind, uniform
-from tpu_llm.data.packing import Piece
-from tpu_llm.data.streams import Stream
+from tpu_llm.data.packing import WAITING, Piece, Waiting
+from tpu_llm.data.streams import Overlong, Stream
 
-Overlong = Literal['split', 'truncate', 'drop', 'stop']
 Table = dict[str, np.ndarray]
 
 _NONE = -1  # `source` of a lane that stands between two documents
 _IN_VAIN = 1000  # documents in a row that may be unusable before the source is called so
 
 
-def initial(lanes: Iterable[int], sources: int) -> Table:
+def initial(lanes: Iterable[int], sources: int, *, whole: bool = False) -> Table:
     """The table before the first step."""
     lane = np.asarray(sorted(lanes), np.int64)
     n = len(lane)
-    return {
+    waiting = np.full((n, WAITING, 2), _NONE, np.int64)  # source, and which of the documents taken of it; oldest first
+    return ({'waiting': waiting} if whole else {}) | {
         'lane': lane,
         'step': np.zeros(n, np.int64),
         'source': np.full(n, _NONE, np.int64),
@@ -78,6 +81,8 @@ class Plan:
     interleave: int
     seq_len: int
     overlong: Overlong
+    whole: bool = False  # documents are never divided; what they leave of a row is padding
+    most_texts: int = 0  # in such a row; 0: any number
 
     @property
     def lanes(self) -> int:
@@ -99,6 +104,7 @@ class Walk:
         self._stages = plan.mixture.stages()
         self._table = {key: column.copy() for key, column in table.items()}
         self._documents: list[tuple[np.ndarray, int] | None] = [None] * len(table['lane'])
+        self._waiting: list[list[Waiting]] = [[] for _ in table['lane']]
         turns = table['lane'] // plan.global_batch
         self._turns = [np.flatnonzero(turns == turn).tolist() for turn in range(plan.interleave)]
         phases = [stream.mean_length() if len(streams) > 1 else 0.0 for stream in streams]
@@ -106,6 +112,10 @@ class Walk:
             [uniform(plan.seed, 'debt', lane, name) * phase for name, phase in zip(self._names, phases, strict=True)]
             for lane in table['lane'].tolist()
         ]
+
+    def another(self, piece: Piece, generator: np.random.Generator) -> np.ndarray:
+        """The framed ids of another document of the piece's source. Raises ConfigError where there is none."""
+        return self._streams[piece.source].another(piece.ids, generator)
 
     def state(self) -> Table:
         return {key: column.copy() for key, column in self._table.items()}
@@ -120,26 +130,51 @@ class Walk:
         return rows
 
     def _row(self, i: int) -> list[Piece]:
+        if self._plan.whole:
+            return self._whole_row(i)
         table, row, free = self._table, [], self._plan.seq_len
         while free:
             ids, document = self._current(i)
             source, start = int(table['source'][i]), int(table['offset'][i])
-            stop = min(start + free, len(ids) - 1)
+            stop = min(start + free, count_pairs(ids))
             row.append(Piece(ids, start, stop, source, document))
             free -= stop - start
             table['emitted'][i, source] += stop - start
             table['offset'][i] = stop
-            if stop == len(ids) - 1:
+            if stop == count_pairs(ids):
                 table['source'][i], table['offset'][i], self._documents[i] = _NONE, 0, None
         return row
+
+    def _whole_row(self, i: int) -> list[Piece]:
+        waiting = self._waiting[i]
+        if not waiting:  # at the start, or after a restore
+            known = self._table['waiting'][i].tolist()
+            waiting += [self._wait(source, drawn, self._take(i, source, drawn)) for source, drawn in known if drawn > 0]
+        row = packing.fill_row(waiting, lambda: self._draw_whole(i), self._plan.seq_len, self._plan.most_texts)
+        self._table['waiting'][i] = [(source, drawn) for *_, (source, drawn, *_) in waiting]
+        return [Piece(ids, 0, w.pairs, source, document) for w in row for source, _, ids, document in [w.what]]
+
+    def _draw_whole(self, i: int) -> Waiting:
+        source = self._next_source(i)
+        drawn = self._draw(i, source)
+        waiting = self._wait(source, int(self._table['drawn'][i, source]), drawn)
+        self._table['emitted'][i, source] += waiting.pairs
+        return waiting
+
+    def _wait(self, source: int, drawn: int, document: tuple[np.ndarray, int] | None) -> Waiting:
+        assert document is not None, 'a document that was read before is gone'
+        ids, number = document
+        return Waiting(count_pairs(ids), count_texts(ids), (source, drawn, ids, number))
 
     def _current(self, i: int) -> tuple[np.ndarray, int]:
         """The document in which lane i stands, and its number; the next one if the lane stands between two."""
         if self._table['source'][i] == _NONE:
-            self._table['source'][i] = self._next_source(i)
-            self._documents[i] = self._draw(i)
+            source = self._next_source(i)
+            self._table['source'][i] = source
+            self._documents[i] = self._draw(i, source)
         elif self._documents[i] is None:  # after a restore
-            self._documents[i] = self._take(i)
+            source = int(self._table['source'][i])
+            self._documents[i] = self._take(i, source, int(self._table['drawn'][i, source]))
         document = self._documents[i]
         assert document is not None, 'a document that was read before is gone'
         return document
@@ -150,32 +185,22 @@ class Walk:
         emitted = self._table['emitted'][i] + np.asarray(self._debts[i])
         return most_behind(emitted.tolist(), weights)
 
-    def _draw(self, i: int) -> tuple[np.ndarray, int]:
-        """The next usable document of the lane's source."""
-        source = int(self._table['source'][i])
+    def _draw(self, i: int, source: int) -> tuple[np.ndarray, int]:
+        """The next usable document of a source for lane i, and its number."""
         for _ in range(_IN_VAIN):
             self._table['drawn'][i, source] += 1
-            document = self._take(i)
+            document = self._take(i, source, int(self._table['drawn'][i, source]))
             if document is not None:
                 return document
+        mend = 'a longer seq_len' if self._plan.whole else "overlong='split'"
         raise ConfigError(
             f'{_IN_VAIN} documents in a row of source {self._names[source]!r} are bad or longer than the context of '
-            f"{self._plan.seq_len}; mend the source or use overlong='split'"
+            f'{self._plan.seq_len}; mend the source or use {mend}'
         )
 
-    def _take(self, i: int) -> tuple[np.ndarray, int] | None:
-        """The document that lane i drew last, as `overlong` wants it, and its number; None if it is unusable."""
-        source, lane = int(self._table['source'][i]), int(self._table['lane'][i])
+    def _take(self, i: int, source: int, drawn: int) -> tuple[np.ndarray, int] | None:
+        """The document that lane i drew as its `drawn`-th, as `overlong` wants it, and its number; None if unusable."""
         stream = self._streams[source]
-        number = stream.number((int(self._table['drawn'][i, source]) - 1) * self._plan.lanes + lane)
-        ids = stream.ids(number)
-        if ids is None or len(ids) - 1 <= self._plan.seq_len or self._plan.overlong == 'split':
-            return None if ids is None else (ids, number)
-        if self._plan.overlong == 'truncate':
-            return ids[: self._plan.seq_len + 1], number
-        if self._plan.overlong == 'drop':
-            return None
-        raise ConfigError(
-            f'{stream.name(number)} is {len(ids) - 1} positions long, more than the context of {self._plan.seq_len}; '
-            "use overlong='split', 'truncate' or 'drop', or a longer seq_len"
-        )
+        number = stream.number((drawn - 1) * self._plan.lanes + int(self._table['lane'][i]))
+        ids = stream.fitting(number, self._plan.seq_len, self._plan.overlong, self._plan.most_texts)
+        return None if ids is None else (ids, number)

@@ -4,10 +4,11 @@ An element is this reader's rows of one step, with the state of their lanes afte
 the rows, so it is right however far the readers run ahead.
 """
 
+import dataclasses
 import functools
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,18 +16,34 @@ import grain
 import numpy as np
 from absl import flags
 
+from tpu_llm.arrays import Batch
 from tpu_llm.data import lanes, packing
 
 # Arrays below this size go through a pipe; shared memory costs more than it saves.
 _SHARED = 1 << 20
 
 
-class Rows(grain.IterDataset):
-    """Endless; `make(table)` opens the sources and returns the walk of the table's lanes."""
+Fill = Callable[[Sequence[Sequence[packing.Piece]], int, Sequence[int]], Batch]
 
-    def __init__(self, make: Callable[[lanes.Table], lanes.Walk], table: lanes.Table, *, plan: lanes.Plan, pad: int):
+
+class Rows(grain.IterDataset):
+    """Endless; `make(table)` opens the sources and returns the walk of the table's lanes.
+
+    `form(walk)` returns what makes a batch of packed rows, a step and the rows' numbers; without it they are filled in
+    as they are.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[lanes.Table], lanes.Walk],
+        table: lanes.Table,
+        *,
+        plan: lanes.Plan,
+        pad: int,
+        form: Callable[[lanes.Walk], Fill] | None = None,
+    ):
         super().__init__()
-        self.make, self.table, self.plan, self.pad = make, table, plan, pad
+        self.make, self.table, self.plan, self.pad, self.form = make, table, plan, pad, form
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
         """Grain's call to divide a dataset among workers: worker i of n has the i-th of every n rows."""
@@ -43,20 +60,23 @@ class _RowsIterator(grain.DatasetIterator):
         super().__init__()
         self._rows = rows
         self._walk: lanes.Walk | None = None
+        self._fill: Fill = self._plain
         self._table = rows.table
+        self._numbers = np.unique(rows.table['lane'] % rows.plan.global_batch).tolist()
 
     def __next__(self) -> dict[str, Any]:
         if self._walk is None:
             self._walk = self._rows.make(self._table)
-        packed = self._walk.step()
-        batch = packing.fill(packed, len(packed), self._rows.plan.seq_len, self._rows.pad)
-        return {
-            'tokens': batch.tokens,
-            'targets': batch.targets,
-            'segments': batch.segments,
-            'positions': batch.positions,
-            'state': self._walk.state(),
-        }
+            if self._rows.form is not None:
+                self._fill = self._rows.form(self._walk)
+        step = int(self._walk.state()['step'][0])
+        batch = self._fill(self._walk.step(), step, self._numbers)
+        arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        return arrays | {'state': self._walk.state()}
+
+    def _plain(self, packed: Sequence[Sequence[packing.Piece]], step: int, rows: Sequence[int]) -> Batch:
+        del step, rows
+        return packing.fill(packed, len(packed), self._rows.plan.seq_len, self._rows.pad)
 
     def get_state(self) -> lanes.Table:
         return self._walk.state() if self._walk else self._table
@@ -83,17 +103,18 @@ def read_ahead(rows: Rows, *, workers: int, prefetch: int) -> Closing:
     # Workers get the sources in a file: Python hangs where a process dies before it has read what it was sent,
     # if that is more than a pipe holds (64 KiB).
     with tempfile.NamedTemporaryFile(prefix='tpu_llm-', delete=False) as file:
-        pickle.dump(rows.make, file)
-    sent = Rows(functools.partial(_make_from, file.name), rows.table, plan=rows.plan, pad=rows.pad)
+        pickle.dump((rows.make, rows.form), file)
+    make, form = (functools.partial(_call, file.name, index) for index in range(2))
+    sent = Rows(make, rows.table, plan=rows.plan, pad=rows.pad, form=rows.form and form)
     options = grain.experimental.DatasetOptions(min_shm_size=_SHARED)
     dataset = grain.experimental.WithOptionsIterDataset(sent, options)
     multi = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
     return Joined(dataset.mp_prefetch(multi).__iter__(), workers, Path(file.name))
 
 
-def _make_from(file: str, table: lanes.Table) -> lanes.Walk:
+def _call(file: str, index: int, argument: Any) -> Any:
     with open(file, 'rb') as stream:
-        return pickle.load(stream)(table)
+        return pickle.load(stream)[index](argument)
 
 
 class Joined:
