@@ -23,6 +23,13 @@ def call(capsys):
     return called
 
 
+def test_without_a_command_it_says_which_there_are(call):
+    code, _, err = call()
+    assert code == 2
+    for command in ('list', 'verify', 'diff', 'inspect', 'convert', 'merge'):
+        assert re.search(rf'^    python -m tpu_llm.checkpoint {command} (PATH|ADAPTER).*  \w', err, re.MULTILINE)
+
+
 def test_list(tmp_path, start, call):
     run = start(tmp_path).save(1, metrics={'bits_per_byte': 1.84321})
     run.save(2, 3)
@@ -129,10 +136,18 @@ def test_no_checkpoints_is_one_line(tmp_path, command):
     )
     assert done.returncode == 2
     assert done.stdout == ''
-    assert done.stderr == f'{tmp_path} holds no checkpoint; give a workdir, or one folder in its checkpoints/\n'
+    assert done.stderr == f'error: {tmp_path} holds no checkpoint; give a workdir, or one folder in its checkpoints/\n'
 
 
 def test_diff_with_nothing_finished(tmp_path, start, call):
     run = start(tmp_path).save(1)
     (run.folder(1) / 'COMMIT.json').unlink()
-    assert call('diff', tmp_path, tmp_path) == (2, '', f'{tmp_path} holds no finished checkpoint\n')
+    assert call('diff', tmp_path, tmp_path) == (2, '', f'error: {tmp_path} holds no finished checkpoint\n')
+
+
+def test_diff_with_one_damaged_folder_speaks_of_it_alone(tmp_path, start, call):
+    run = start(tmp_path).save(1, 2)
+    (run.folder(2) / 'manifest.json').unlink()
+    code, _, err = call('diff', run.folder(1), run.folder(2))
+    assert code == 2
+    assert f'error: {run.folder(2)} is not whole (manifest.json is missing); bring it back, or give another' in err

@@ -56,6 +56,32 @@ def test_a_tie_has_one_winner(tmp_path):
         runs[0].check()
 
 
+def test_a_start_that_is_refused_leaves_nothing(tmp_path):
+    with pytest.raises(ConfigError), fence.withdrawn_on_error(fence.start(tmp_path / 'run')):
+        raise ConfigError('no such data')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_start_that_is_refused_leaves_what_others_made(tmp_path):
+    older = fence.start(tmp_path)
+    with pytest.raises(ConfigError), fence.withdrawn_on_error(fence.start(tmp_path)):
+        raise ConfigError('no such data')
+    older.check()
+    newer = fence.start(tmp_path)
+    with fence.withdrawn_on_error(newer):
+        pass
+    newer.check()
+    with pytest.raises(Superseded, match='a newer run took over'):
+        older.check()
+
+
+def test_the_users_folder_stays(tmp_path):
+    with pytest.raises(ConfigError), fence.withdrawn_on_error(fence.start(tmp_path)):
+        raise ConfigError('no such data')
+    assert tmp_path.exists()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_superseded_run_commits_and_removes_nothing(tmp_path, start):
     older = start(tmp_path, keep=1).save(1)
     newer = start(tmp_path).save(2)

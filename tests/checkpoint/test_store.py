@@ -148,7 +148,8 @@ def test_an_error_of_the_background_comes_up_once_and_the_next_save_works(tmp_pa
     with pytest.raises(CheckpointError) as error:
         run.store.save(3, run.state(3), lanes=run.lanes(3), manifest=run.MANIFEST)
     assert re.fullmatch(
-        r'.*: the checkpoint of step 2 was not saved: Is a directory.*; those before it are untouched',
+        r'.*: the checkpoint of step 2 was not saved: Is a directory.*; mend that and start again: '
+        'those before it are untouched',
         str(error.value),
     )
     assert not blocked.exists()
@@ -183,7 +184,7 @@ def test_full_disk(small_disk, start, caplog):
         run.store.save(2, noise, lanes=run.lanes(2), manifest=run.MANIFEST, wait=True)
     assert str(error.value) == (
         f'{small_disk}/run: the checkpoint of step 2 was not saved: No space left on device; '
-        'those before it are untouched'
+        'mend that and start again: those before it are untouched'
     )
     assert not [record for record in caplog.records if record.exc_info], 'a traceback was logged'
     assert run.store.restore(run.like()).step == 1
@@ -238,3 +239,10 @@ def test_a_write_is_whole_or_absent(tmp_path):
         files.write(path, b'second')
     assert error.value.errno == errno.EISDIR
     assert files.listing(path.parent) == ['file'], 'nothing half-written stays behind'
+
+
+@pytest.mark.parametrize('between', ['', ' [domain=\\"{}\\"] [spec=\'{\\"store_data_equal_to_fill_value\\":true}\']'])
+def test_what_tensorstore_says_of_the_disk_is_the_systems_word(between):
+    """Whatever it puts between its own words and the number."""
+    error = ValueError(f"RESOURCE_EXHAUSTED: Error writing \"a:b\": no room{between} [os_error_code='28'] [x='1']")
+    assert files.one_line(error) == 'No space left on device'

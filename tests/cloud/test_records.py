@@ -1,4 +1,4 @@
-"""What a run writes about itself, in a bucket: metrics, events, ledger, report, and the doctor's trial."""
+"""What a run writes about itself, in a bucket: metrics, events, ledger, ends, report, and the doctor's trial."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from etils import epath
 
+from tpu_llm.parallel import deaths
 from tpu_llm.train import ledger
 from tpu_llm.train.metrics import JsonLines, TensorBoard, read
 from tpu_llm.train.report import write_report
@@ -58,3 +59,12 @@ def test_the_doctor_tries_the_bucket(bucket):
     done = subprocess.run(command, capture_output=True, text=True)
     assert f'✓ workdir {bucket}: a file was written, read and deleted' in done.stdout
     assert not epath.Path(bucket).exists()
+
+
+def test_hosts_read_how_the_others_ended(bucket):
+    folder = deaths.folder(bucket, '20260101T000000-abcdef')
+    ends = {host: deaths.end(host, code, 0, b'') for host, code in ((0, deaths.LOST), (1, -9))}
+    for end in ends.values():
+        deaths.write(folder, end)
+    assert deaths.read(folder) == ends
+    assert sorted(file.name for file in folder.iterdir()) == ['0.json', '1.json']

@@ -1,12 +1,19 @@
-"""`python -m tpu_llm.checkpoint list|verify|diff PATH [PATH]`: looks at checkpoints, local or on gs://.
+"""Looks at checkpoints, local or on gs://, and takes models from one form into another.
 
-PATH is a run's workdir or one folder in its `checkpoints/`. `list` shows them; `verify` reads every file and
-exits 1 where one is damaged; `diff` compares the newest whole ones of two paths and exits 1 where they
-differ.
+    python -m tpu_llm.checkpoint list PATH              shows the checkpoints there are
+    python -m tpu_llm.checkpoint verify PATH            reads every file of them; exits 1 where one is damaged
+    python -m tpu_llm.checkpoint diff PATH PATH         compares the newest whole ones; exits 1 where they differ
+    python -m tpu_llm.checkpoint inspect PATH           shows what a model is; exits 1 where a part is without its place
+    python -m tpu_llm.checkpoint convert PATH TARGET    writes it as --to=hf, gguf, tpu_llm or peft, in --dtype=…
+    python -m tpu_llm.checkpoint merge ADAPTER TARGET   writes a base, --base=PATH, with PEFT's adapter in its weights
+
+PATH is a run's workdir or one folder in its `checkpoints/`; `inspect` and `convert` also take a Hugging Face folder or
+a .gguf file. `--to=peft` writes what a run of adapters has learned alone, as a folder that `peft` loads.
 """
 
 import argparse
 import sys
+from typing import Any
 
 import jax
 from etils import epath
@@ -14,25 +21,62 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tpu_llm.checkpoint import checksums, commit, compare, files, reader
+from tpu_llm.checkpoint import checksums, commit, compare, convert, files, merging, reader
 from tpu_llm.checkpoint.commit import Checkpoint
 from tpu_llm.checkpoint.files import CheckpointError
+from tpu_llm.config import ConfigError
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog='python -m tpu_llm.checkpoint', description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog='python -m tpu_llm.checkpoint', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest='command', required=True)
     for name, command in (('list', list_command), ('verify', verify_command), ('diff', diff_command)):
         sub = commands.add_parser(name, help=command.__doc__)
         sub.add_argument('path', nargs=2 if name == 'diff' else 1)
-        sub.set_defaults(run=command)
+        sub.set_defaults(run=lambda args, command=command: command(*args.path))
+    add_forms(commands)
+    if not argv:
+        print(__doc__, file=sys.stderr)
+        return 2
     args = parser.parse_args(argv)
     jax.config.update('jax_platforms', 'cpu')  # Looking at files must not take the TPU from a run.
     try:
-        return args.run(*args.path)
-    except (CheckpointError, OSError) as error:
-        print(files.one_line(error), file=sys.stderr)
+        return args.run(args)
+    except (CheckpointError, ConfigError, OSError) as error:
+        print('error:', files.one_line(error), file=sys.stderr)
         return 2
+
+
+def add_forms(commands: Any) -> None:
+    sub = commands.add_parser('inspect', help='Shows what a folder or file holds, and whether all of it has a place.')
+    sub.add_argument('path')
+    sub.set_defaults(run=lambda args: int(not convert.inspect(args.path)))
+    said = '; '.join(f'{form}: {", ".join(kinds)}' for form, kinds in convert.FORMS.items())
+    sub = commands.add_parser('convert', help='Writes a model and its tokenizer in another form.')
+    sub.add_argument('path')
+    sub.add_argument('target')
+    sub.add_argument('--to', choices=convert.FORMS, help='default: by the name of the target')
+    sub.add_argument('--dtype', default='', help=f'of the weights, the first where it is not given: {said}')
+    sub.set_defaults(run=convert_command)
+    sub = commands.add_parser('merge', help='Writes a base with an adapter in its weights as a Hugging Face folder.')
+    sub.add_argument('adapter')
+    sub.add_argument('target')
+    sub.add_argument('--base', default='', help='default: the one that the adapter names')
+    sub.set_defaults(run=merge_command)
+
+
+def convert_command(args: argparse.Namespace) -> int:
+    convert.convert(args.path, args.target, to=args.to or '', dtype=args.dtype)
+    print(f'{args.path} → {args.target}')
+    return 0
+
+
+def merge_command(args: argparse.Namespace) -> int:
+    base = merging.merge(args.adapter, args.target, base=args.base)
+    print(f'{base} + {args.adapter} → {args.target}')
+    return 0
 
 
 def list_command(path: str) -> int:
@@ -99,7 +143,7 @@ def existing(path: str) -> list[epath.Path]:
 
 
 def newest(path: str) -> Checkpoint:
-    checkpoint = reader.newest_whole(existing(path))
+    checkpoint = reader.newest_whole(path, existing(path))
     if checkpoint is None:
         raise CheckpointError(f'{path} holds no finished checkpoint')
     return checkpoint

@@ -6,7 +6,9 @@ writes its small files through that one too.
 
 import functools
 import logging
+import re
 import time
+import urllib.parse
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -32,25 +34,43 @@ def filesystem() -> gcsfs.GCSFileSystem:
 
 
 def _patient(call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """The request, repeated while the store is unavailable, for PATIENCE_SECONDS in all."""
+    """The request, repeated while the store is unavailable, until it has been so for PATIENCE_SECONDS.
+
+    The seconds count from the first request without an answer, whichever it was: what a run that gives up still writes
+    does not wait as long again.
+    """
+    silent_since: float | None = None
 
     async def called(method: str, path: str, *args: Any, **kwargs: Any) -> Any:
-        start = time.monotonic()
+        nonlocal silent_since
         while True:
+            start = time.monotonic()
             try:
-                return await call(method, path, *args, **kwargs)
+                answer = await call(method, path, *args, **kwargs)
+            except FileNotFoundError:
+                silent_since = None
+                raise
             except Exception as error:
-                target = '/'.join(map(str, args)) or path
-                if isinstance(error, FileNotFoundError):
-                    raise
+                place = _place(path, *args)
                 if not gcsfs.retry.is_retriable(error):
-                    raise CheckpointError(f'gs://{target}: the store refused: {one_line(error)}') from error
-                waited = time.monotonic() - start
+                    raise CheckpointError(f'{place}: the store refused: {one_line(error)}') from error
+                silent_since = silent_since or start
+                waited = time.monotonic() - silent_since
                 if waited > PATIENCE_SECONDS:
                     raise CheckpointError(
-                        f'gs://{target}: no answer from the store for {waited:.0f} s ({one_line(error)}); '
+                        f'{place}: no answer from the store for {waited:.0f} s ({one_line(error)}); '
                         'start again when it is back'
                     ) from error
-                logger.warning('gs://%s: no answer from the store (%s); asking again', target, one_line(error))
+                logger.warning('%s: no answer from the store (%s); asking again', place, one_line(error))
+            else:
+                silent_since = None
+                return answer
 
     return called
+
+
+def _place(path: str, *args: Any) -> str:
+    """What a request is about: gcsfs gives bucket and name as arguments, or inside the address of an upload."""
+    upload = re.search(r'/b/([^/]+)/o(?:\?(?:.*&)?name=([^&]+))?', path)
+    parts = args or (upload and filter(None, upload.groups())) or [path]
+    return 'gs://' + urllib.parse.unquote('/'.join(map(str, parts)))

@@ -2,10 +2,12 @@
 
 Each start writes `fence/<number>-<random>.json` with a number above every other, and looks for a higher one
 before each write that matters; who finds one stops. Of two starts that chose the same number the higher
-random part wins, so exactly one goes on. A start's token is also part of its checkpoint folders' names: what
-an older run is still writing never mixes with what a newer one writes.
+random part wins, so exactly one goes on. A start that is refused before it writes anything takes its file back.
+A start's token is also part of its checkpoint folders' names: what an older run is still writing never mixes
+with what a newer one writes.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -13,6 +15,7 @@ import os
 import re
 import secrets
 import socket
+from collections.abc import Iterator
 
 import jax
 from etils import epath
@@ -35,6 +38,7 @@ class Fence:
 
     workdir: epath.Path
     token: str
+    made: bool = False  # whether this start made the workdir
 
     def check(self) -> None:
         """Raises Superseded where a newer start exists. Call it before every write."""
@@ -56,9 +60,10 @@ def start(workdir: epath.PathLike) -> Fence:
         raise ConfigError(
             f'the workdir {workdir} has a {wild[0]!r} in its path, which Orbax cannot find again; rename it'
         )
-    said = {'token': '', 'problem': ''}
+    made, said = False, {'token': '', 'problem': ''}
     if jax.process_index() == 0:
         try:
+            made = not files.exists(workdir)
             said['token'] = _raise_token(workdir)
         except (OSError, CheckpointError) as error:
             reason = getattr(error, 'strerror', None) or files.one_line(error)
@@ -72,7 +77,27 @@ def start(workdir: epath.PathLike) -> Fence:
             f'{workdir} is not one folder for all processes: process {seen.index("False")} does not see what '
             'process 0 wrote there; give a --workdir on a shared disk or on gs://'
         )
-    return Fence(workdir, said['token'])
+    return Fence(workdir, said['token'], made)
+
+
+@contextlib.contextmanager
+def withdrawn_on_error(fence: Fence) -> Iterator[None]:
+    """Around what a start does before it writes anything: where that is refused, it has not been.
+
+    So a mistake leaves no folder behind, and a run that works in the workdir goes on if it has not looked meanwhile.
+    Of several hosts others may still hold the token, which then stays.
+    """
+    try:
+        yield
+    except Exception:
+        if jax.process_count() == 1:
+            folder = fence.workdir / 'fence'
+            files.remove(folder / f'{fence.token}.json')
+            made = [] if files.is_cloud(folder) else [folder, fence.workdir] if fence.made else [folder]
+            with contextlib.suppress(OSError):  # a folder with something in it, which stays
+                for empty in made:
+                    os.rmdir(empty)
+        raise
 
 
 def tokens(workdir: epath.Path) -> list[str]:

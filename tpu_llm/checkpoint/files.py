@@ -123,7 +123,7 @@ def _cloud() -> Any:
     try:
         from tpu_llm.checkpoint import cloud
     except ModuleNotFoundError as error:
-        raise CheckpointError(f"gs:// paths need {error.name}: pip install 'tpu_llm[gcs]'") from None
+        raise CheckpointError(f"gs:// paths need {error.name}: pip install -e '.[gcs]'") from None
     return cloud.filesystem()
 
 
@@ -131,6 +131,6 @@ def one_line(error: BaseException) -> str:
     """What an error says, in one line: the operating system's words, the first line, or the error's type."""
     if isinstance(error, OSError) and error.strerror:
         return f'{error.strerror}: {error.filename}' if error.filename else error.strerror
-    if tensorstore := re.search(r': ([^:]+) \[os_error_code=', str(error)):
-        return tensorstore[1]
+    if tensorstore := re.search(r"\[os_error_code='?(\d+)", str(error)):  # what stands before it varies
+        return os.strerror(int(tensorstore[1]))
     return next(iter(str(error).strip().splitlines()), '') or type(error).__name__

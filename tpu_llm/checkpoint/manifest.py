@@ -22,10 +22,13 @@ def describe(config: Any, *, mesh: Mapping[str, int], tokenizer: str) -> dict[st
         'digest': config_lib.digest(config),
         'mesh': dict(mesh),
         'tokenizer': tokenizer,
-        'versions': {'python': platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        'versions': versions(),
         'git': git_revision(),
     }
+
+
+def versions() -> dict[str, str]:
+    return {'python': platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def git_revision() -> str:

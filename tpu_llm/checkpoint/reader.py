@@ -50,7 +50,7 @@ def find(path: epath.PathLike, step: int | None = None) -> Checkpoint | None:
             there = ', '.join(map(str, sorted(steps))) or 'none'
             raise CheckpointError(f'{path} has no checkpoint of step {step}; there are: {there}')
         found = [folder for folder in found if commit.parse(folder)[0] == step]
-    return newest_whole(found)
+    return newest_whole(path, found)
 
 
 def folders(path: epath.PathLike) -> list[epath.Path]:
@@ -71,8 +71,8 @@ def committed(workdir: epath.Path) -> list[Checkpoint]:
     return [mark for mark in marks if mark]
 
 
-def newest_whole(found: Sequence[epath.Path]) -> Checkpoint | None:
-    """The first of these folders that is whole, every file verified; None where none was ever committed."""
+def newest_whole(path: epath.PathLike, found: Sequence[epath.Path]) -> Checkpoint | None:
+    """The first of the folders found at `path` that is whole, every file verified; None where none was committed."""
     damaged = []
     for folder in found:
         problems = check(folder)
@@ -81,6 +81,8 @@ def newest_whole(found: Sequence[epath.Path]) -> Checkpoint | None:
         logger.warning('passing over %s: %s', folder, '; '.join(problems))
         if problems != [UNCOMMITTED]:
             damaged.append(f'{folder.name}: {problems[0]}')
+    if damaged and found[0] == epath.Path(path):
+        raise CheckpointError(f'{path} is not whole ({problems[0]}); bring it back, or give another checkpoint')
     if damaged:
         raise CheckpointError(
             f'no checkpoint in {found[0].parent} is whole ({"; ".join(damaged)}); '

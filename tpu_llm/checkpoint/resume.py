@@ -15,13 +15,13 @@ import jax
 from etils import epath
 
 from tpu_llm import config as config_lib
-from tpu_llm.checkpoint import files, reader
+from tpu_llm.checkpoint import files, pretrained, reader
 from tpu_llm.checkpoint.commit import Checkpoint
 from tpu_llm.checkpoint.fence import Fence
 from tpu_llm.checkpoint.lanes import Table
+from tpu_llm.checkpoint.pretrained import Source
 from tpu_llm.config import Change, ConfigError
 
-PARAMETERS = 'params'  # the entry of the saved tree that given weights fill
 _DATA = 'config.data'  # the part of a run's config that decides the data
 
 
@@ -30,7 +30,7 @@ class Origin:
     """What a run grows from while its workdir has no checkpoint of its own; by default nothing."""
 
     parent: str = ''  # a workdir, or one folder in its checkpoints/: everything continues from it
-    weights: str = ''  # the same, for the parameters alone
+    weights: str = ''  # the parameters alone: the same, or a Hugging Face folder or a .gguf file
 
     def validate(self) -> None:
         if self.parent and self.weights:
@@ -43,7 +43,7 @@ class Resumed:
 
     kind: Literal['run', 'parent', 'weights', 'scratch']
     step: int = 0
-    arrays: dict[str, Any] = dataclasses.field(default_factory=dict)  # the restored entries of `like`, or none
+    arrays: dict[str, Any] = dataclasses.field(default_factory=dict)  # restored as `like` asks; of weights none yet
     lanes: Table | None = None  # the whole lane table; None: the data starts at its beginning
     folder: epath.Path | None = None
 
@@ -62,9 +62,9 @@ class Resumed:
 def resume(workdir: epath.PathLike, like: dict[str, Any], origin: Origin, *, config: Any, tokenizer: str) -> Resumed:
     """Chooses and restores; all processes call it together.
 
-    `like` is the whole state as ShapeDtypeStructs with shardings, its parameters under 'params'; `tokenizer`
-    is the fingerprint that `manifest.describe` was given. Raises CheckpointError where a source holds nothing
-    whole, ConfigError where it does not fit the state or the tokenizer.
+    `like` is the whole state as ShapeDtypeStructs with shardings; `tokenizer` is the fingerprint that
+    `manifest.describe` was given. Given weights are only looked at: who has the model reads them. Raises
+    CheckpointError where a source holds nothing whole, ConfigError where it does not fit the state or the tokenizer.
     """
     own = reader.find(workdir)
     if own:
@@ -78,10 +78,22 @@ def resume(workdir: epath.PathLike, like: dict[str, Any], origin: Origin, *, con
         table = restored.lanes if same_data else None
         return Resumed('parent', parent.step, restored.arrays, table, parent.folder)
     if origin.weights:
-        given = _find_given('weights', origin.weights)
-        restored = _load(given, {PARAMETERS: like[PARAMETERS]}, tokenizer, part=True)
-        return Resumed('weights', 0, restored.arrays, None, given.folder)
+        return Resumed('weights', folder=epath.Path(open_weights(origin.weights, config.model, tokenizer).path))
     return Resumed('scratch')
+
+
+def open_weights(path: str, model: Any, tokenizer: str, field: str = 'weights') -> Source:
+    """Parameters to start from or to hold: a run's, a Hugging Face folder's or a GGUF file's; `field` named the path.
+
+    Raises ConfigError where they are of another model or of another tokenizer.
+    """
+    if pretrained.is_foreign(path):
+        source = pretrained.open_source(path)
+        _check_model(source, model)
+        return source
+    given = _find_given(field, path)
+    _check_tokenizer(given, tokenizer)
+    return pretrained.of_checkpoint(given)
 
 
 def _find_given(field: str, path: str) -> Checkpoint:
@@ -91,14 +103,37 @@ def _find_given(field: str, path: str) -> Checkpoint:
     return checkpoint
 
 
-def _load(checkpoint: Checkpoint, like: dict[str, Any], tokenizer: str, part: bool = False) -> reader.Restored:
+# What may be another than when the weights were made: tensors fit it all the same, and training on teaches it.
+_MAY_DIFFER = ('dtype', 'dropout', 'max_length', 'rope_theta', 'local_rope_theta', 'rope_scaling', 'windows', 'moe')
+
+
+def _check_model(source: Source, model: Any) -> None:
+    differ = [
+        f'{field.name}: {getattr(source.config, field.name)!r} there, {getattr(model, field.name)!r} here'
+        for field in dataclasses.fields(source.config)
+        if field.metadata.get('mark') != 'machine'
+        and field.name not in _MAY_DIFFER
+        and getattr(source.config, field.name) != getattr(model, field.name, None)
+    ]
+    if differ:
+        raise ConfigError(
+            f'weights={source.path!r} are of another model ({"; ".join(differ)}); take model from the weights, as '
+            'configs/finetune.py does'
+        )
+
+
+def _load(checkpoint: Checkpoint, like: dict[str, Any], tokenizer: str) -> reader.Restored:
+    _check_tokenizer(checkpoint, tokenizer)
+    return reader.load(checkpoint, like)
+
+
+def _check_tokenizer(checkpoint: Checkpoint, tokenizer: str) -> None:
     trained_with = checkpoint.manifest()['tokenizer']
     if trained_with != tokenizer:
         raise ConfigError(
             f'the tokenizer (fingerprint {tokenizer}) is not the one {checkpoint.folder} was trained with '
             f'({trained_with}); use that one (it is saved there), or another --workdir'
         )
-    return reader.load(checkpoint, like, part)
 
 
 # ------------------------------------------------------------------------------------- the workdir's config

@@ -16,7 +16,7 @@ class Checkpoints:
     every: int = schedule(500)  # steps from one save to the next
     keep: int = schedule(3)  # the newest n stay
     keep_every: int = schedule(0)  # as do the steps that this divides
-    best: str = schedule('')  # as does the one with the lowest value of this metric
+    best: str = schedule('')  # as does the one with the lowest value of this metric of a hook
 
     def validate(self) -> None:
         for name, least in (('every', 1), ('keep', 1), ('keep_every', 0)):

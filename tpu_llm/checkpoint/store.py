@@ -123,7 +123,7 @@ class Store:
         if problems:
             raise CheckpointError(
                 f'{self._fence.workdir}: the checkpoint of step {step} was not saved: {"; ".join(problems)}; '
-                'those before it are untouched'
+                'mend that and start again: those before it are untouched'
             ) from error
         self._last_step = step
 
@@ -135,6 +135,15 @@ class Store:
         """The newest whole checkpoint (of one step, if given); see `reader.find` and `reader.load`."""
         checkpoint = reader.find(self._fence.workdir, step)
         return reader.load(checkpoint, like) if checkpoint else None
+
+    def __enter__(self) -> 'Store':
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None or jax.process_count() == 1:
+            self.close()
+        else:  # the other processes are in a step, not here to agree on how a save ended
+            self._thread.shutdown(wait=False)
 
     def close(self) -> None:
         """Waits as `wait` does, then ends the thread."""

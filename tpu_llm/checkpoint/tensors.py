@@ -7,6 +7,7 @@ work.
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import logging
 from typing import Any
@@ -43,7 +44,7 @@ def begin_write(folder: epath.Path, tree: Any) -> list[Any]:  # of futures
     The arrays may be donated or overwritten as soon as it returns. Once every process has waited, one of them
     calls `finish_write`.
     """
-    _quiet_orbax()
+    _tame_orbax()
     target = _place(folder)
     if not files.is_cloud(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -53,9 +54,18 @@ def begin_write(folder: epath.Path, tree: Any) -> list[Any]:  # of futures
 
 
 @functools.cache
-def _quiet_orbax() -> None:
-    """Orbax logs the traceback of a failed write, which the store reports in one line."""
+def _tame_orbax() -> None:
+    """A failed write is the store's to report, in one line; Orbax would print a traceback for each of its parts."""
     logging.getLogger('absl').addFilter(lambda record: not (record.exc_info and 'orbax' in record.pathname))
+    # It closes the event loop under the writes that still run, and each complains; asyncio.run cancels them first.
+    with contextlib.suppress(ImportError):  # A private name, and no harm where it is gone.
+        from orbax.checkpoint._src import asyncio_utils
+
+        asyncio_utils._run_sync_via_new_loop = lambda coroutine: asyncio.run(coroutine)
+    # Of several parts that fail at once, asyncio raises the first and logs the others.
+    logging.getLogger('asyncio').addFilter(
+        lambda record: not (record.exc_info and 'asyncio.run() shutdown' in record.getMessage())
+    )
 
 
 def finish_write(folder: epath.Path) -> None:
