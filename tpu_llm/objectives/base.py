@@ -2,9 +2,12 @@
 
 from typing import Any, Protocol
 
-from tpu_llm.arrays import Array, Batch, Float, Int, Key
+import jax
 
-Sums = dict[str, Float[Array, '']]
+from tpu_llm.arrays import Array, Batch, Float, Int, Key
+from tpu_llm.nn.context import Routing
+
+Sums = dict[str, Float[Array, '...']]
 
 
 class Objective(Protocol):
@@ -25,3 +28,15 @@ class Objective(Protocol):
         key: Key[Array, ''] | None,
         step: Int[Array, ''],
     ) -> tuple[Float[Array, ''], Float[Array, ''], Sums]: ...
+
+
+def routing_sums(routing: Routing | None, weight: Float[Array, '']) -> tuple[Float[Array, ''] | float, Sums]:
+    """The experts' losses and statistics (means over tokens) as sums, to be divided by the weight again.
+
+    Every objective of a model with experts adds the first to its loss.
+    """
+    if routing is None:
+        return 0.0, {}
+    sums = {'balance': routing.loss.sum(), 'expert_load': routing.load}
+    sums |= {'expert_entropy': routing.entropy, 'expert_dropped': routing.dropped}
+    return weight * sums['balance'], {name: weight * jax.lax.stop_gradient(value) for name, value in sums.items()}

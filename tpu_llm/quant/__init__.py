@@ -1,0 +1,1 @@
+"""Numbers in fewer bits: `ggml` holds the block formats of llama.cpp's files."""
