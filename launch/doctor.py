@@ -166,13 +166,13 @@ def unused(used: str, chips: Sequence[str]) -> Iterator[Finding]:
     setting = os.environ.get('JAX_PLATFORMS')
     for device, extra in ((chips[:1], 'tpu'), (['/dev/nvidia0'], 'cuda')):
         if device and os.path.exists(device[0]):
-            forced = f'unset JAX_PLATFORMS (it is {setting!r})' if setting else f"pip install 'tpu_llm[{extra}]'"
+            forced = f'unset JAX_PLATFORMS (it is {setting!r})' if setting else f"pip install -e '.[{extra}]'"
             yield Finding('!', f'{device[0]} is here, but jax computes on the CPU', forced)
 
 
 def _mend(tpu: bool) -> str:
     if tpu:
-        return "on a pod, run this on all hosts at once; else pip install -U 'tpu_llm[tpu]'"
+        return "on a pod, run this on all hosts at once; else pip install -U -e '.[tpu]'"
     return 'JAX_PLATFORMS=cpu runs without an accelerator'
 
 
@@ -234,7 +234,7 @@ def storage(workdir: str) -> Iterator[Finding]:
     if output is None:
         mend = f'see that this account may write to {place}'
         if remote:
-            mend = "pip install 'tpu_llm[gcs]', then gcloud auth application-default login, and check the bucket"
+            mend = "pip install -e '.[gcs]', then gcloud auth application-default login, and check the bucket"
         yield Finding('✗', f'workdir {workdir} cannot be written: {error}', mend)
     else:
         seconds = time.monotonic() - begun

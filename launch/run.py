@@ -2,7 +2,7 @@
 
     python launch/run.py --config=configs/quickstart.py
     python launch/run.py --config=configs/quickstart.py:smoke
-    python launch/run.py --config=configs/pretrain.py:size=1b,mesh=v5e-256 --config.steps=20000 --workdir=gs://…
+    python launch/run.py --config=configs/pretrain.py:size=1b,mesh=v5e-256 --config.tokens=2000000000 --workdir=gs://…
     python launch/run.py --config=configs/quickstart.py --help     what the fields of this config are
 
 --config     FILE.py or FILE.py:arg, where the arg chooses the structure (size, mesh, smoke …)
@@ -14,9 +14,12 @@
 
 import ast
 import dataclasses
+import errno
 import importlib.util
 import re
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -27,18 +30,21 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ and experiments/ import each other from any working directory
 
 from tpu_llm import config as configs  # noqa: E402
-from tpu_llm.command_line import load  # noqa: E402
+from tpu_llm.command_line import load, unknown  # noqa: E402
+from tpu_llm.parallel import deaths, heap  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
+    heap.keep()
     try:
         run(argv)
-    except KeyboardInterrupt:
-        return _fail('interrupted; the same command continues from the last checkpoint', 130)
+    except KeyboardInterrupt as stop:
+        return _fail(f'interrupted{stop}', 130)
     except Exception as error:
-        if '--debug' in argv or not _is_users(error):
+        code = _status(error)
+        if '--debug' in argv or code == 1:
             raise
-        return _fail(str(error) or type(error).__name__, 2)
+        return _fail(str(error) or type(error).__name__, code)
     return 0
 
 
@@ -53,6 +59,8 @@ def run(argv: list[str]) -> None:
         print(f'{__doc__}\n{_shipped()}')
         return
     if options['config'].value is None:
+        if overrides and not re.match('--?(no)?config[.]', overrides[0]):
+            raise configs.ConfigError(unknown(overrides[0]))
         raise configs.ConfigError('no config given: --config=FILE.py[:arg]; --help lists those there are')
     config = load(options['config'].value, overrides)
     if options['help'].value:
@@ -60,12 +68,26 @@ def run(argv: list[str]) -> None:
         return
     workdir = options['workdir'].value or _default_workdir(options['config'].value, config)
     if '://' in workdir and importlib.util.find_spec('gcsfs') is None:
-        raise configs.ConfigError(f"workdir {workdir} needs gcsfs: pip install 'tpu_llm[gcs]'")
+        raise configs.ConfigError(f"workdir {workdir} needs gcsfs: pip install -e '.[gcs]'")
+
+    if Path(workdir).is_file():
+        raise configs.ConfigError(f'the workdir {workdir} is a file; give a folder, there already or not: --workdir=…')
 
     from tpu_llm.parallel import hosts
 
-    hosts.join()
-    config.main(workdir)
+    try:
+        with hosts.contact(_status):
+            hosts.join(config, workdir)
+            hosts.announce(workdir)
+            config.main(workdir)
+    except KeyboardInterrupt:
+        saves = getattr(config, 'saves', True)
+        raise KeyboardInterrupt(f'; {_what_is_left(workdir)}' if saves else '') from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        mend = 'free some, and the same command goes on from the last checkpoint'
+        raise configs.RunError(f'{error.filename or workdir}: {error.strerror}; {mend}') from error
 
 
 def _fields(value: Any, path: str) -> list[str]:
@@ -87,7 +109,32 @@ def _default_workdir(spec: str, config: Any) -> str:
     return f'runs/{"-".join(words)}-{configs.digest(config)}'
 
 
-def _is_users(error: Exception) -> bool:
+def _what_is_left(workdir: str) -> str:
+    """What the same command would do next; a bucket is not asked, since it may not answer."""
+    if '://' in workdir:
+        return 'the same command continues from the last checkpoint, or begins anew where none was saved'
+    if any(Path(workdir).glob('checkpoints/*/COMMIT.json')):
+        return 'the same command continues from the last checkpoint'
+    return 'nothing was saved yet: the same command begins anew'
+
+
+def _heard(lost: Any) -> None:
+    """Says Ctrl-C again where it fell into a callback of the garbage collector (jax has one) and would be lost."""
+    if lost.exc_type is KeyboardInterrupt:
+        main = threading.main_thread().ident
+        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
+def _status(error: BaseException) -> int:
+    """The exit status: 1 is a fault of this program, 2 a mistake of the user's; after 75 it is worth another try."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return deaths.LOST if isinstance(error, deaths.LostHost) else 2 if _is_users(error) else 1
+
+
+def _is_users(error: BaseException) -> bool:
     """Whether the error is for the user to mend or to know, rather than a fault of this program."""
     if isinstance(error, (configs.ConfigError, configs.RunError, flags.Error, OSError)):
         return True
@@ -113,4 +160,5 @@ def _shipped() -> str:
 
 
 if __name__ == '__main__':
+    sys.unraisablehook = _heard
     sys.exit(main(sys.argv))
