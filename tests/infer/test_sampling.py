@@ -62,6 +62,7 @@ def test_greedy_takes_the_likeliest():
 WRONG = [
     ({'temperature': 0.0}, r'temperature is 0.0; it must be above 0 \(for the likeliest token use Greedy\(\)\)'),
     ({'temperature': -1.0}, 'temperature is -1.0; it must be above 0'),
+    ({'temperature': float('nan')}, 'temperature is nan; it must be above 0'),
     ({'top_k': -1}, 'top_k = -1 must not be negative, top_p = 1.0 be above 0 and at most 1'),
     ({'top_p': 0.0}, 'top_k = 0 must not be negative, top_p = 0.0 be above 0 and at most 1'),
     ({'top_p': 1.5}, 'top_k = 0 must not be negative, top_p = 1.5 be above 0 and at most 1'),

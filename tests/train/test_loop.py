@@ -12,9 +12,11 @@ import tiny
 
 from tpu_llm.checkpoint import reader
 from tpu_llm.config import ConfigError
+from tpu_llm.data.sources import Text
+from tpu_llm.evals.perplexity import HeldOut
 from tpu_llm.parallel.compile import Compiled
 from tpu_llm.parallel.mesh import Mesh
-from tpu_llm.train import metrics
+from tpu_llm.train import ledger, metrics
 from tpu_llm.train.loop import fit
 from tpu_llm.train.watch import Diverged
 
@@ -78,6 +80,31 @@ def test_workdir_holds_what_the_docs_say(unbroken):
     assert list((workdir / 'tensorboard').iterdir())
 
 
+def test_a_part_is_scored_on_the_way_and_all_at_the_end(text, tmp_path, capsys):
+    run = tiny.get_config(f'text={text},steps=4')
+    run.hooks = (HeldOut(source=Text(paths=(f'{text}/*.txt',)), every=2, documents=2, rows=8),)
+    fit(run, tmp_path)
+    scores = {line['step']: line for line in lines(tmp_path) if 'bits_per_byte' in line}
+    assert [step for step in scores if 'bits_per_byte_all' in scores[step]] == [4]
+    assert scores[4]['bits_per_byte'] != scores[4]['bits_per_byte_all']
+    summary = json.loads((tmp_path / 'summary.json').read_text())
+    assert (summary['bits_per_byte'], summary['heldout_loss']) == (
+        scores[4]['bits_per_byte_all'],
+        scores[4]['heldout_loss_all'],
+    )
+    assert not any(name.endswith('_all') for name in summary)
+    said = [line.partition(', perplexity')[0] for line in capsys.readouterr().out.splitlines() if 'held-out' in line]
+    bits = [scores[2]['bits_per_byte'], scores[4]['bits_per_byte'], scores[4]['bits_per_byte_all']]
+    assert said == [f'step {s}: held-out {b:.4f} bits per byte' for s, b in zip((2, 4, 4), bits, strict=True)]
+
+
+def test_best_must_be_a_metric_of_a_hook(text, tmp_path):
+    run = tiny.get_config(f'text={text}')
+    run.checkpoints.best = 'bits_per_bite'
+    with pytest.raises(ConfigError, match=r"best = 'bits_per_bite' is not .* \(did you mean 'bits_per_byte'\?\)"):
+        fit(run, tmp_path)
+
+
 def test_continues_bitwise_after_stopping_anywhere(unbroken, text, tmp_path):
     workdir, expected, _ = unbroken
     for steps in (5, 7, 12):
@@ -87,6 +114,9 @@ def test_continues_bitwise_after_stopping_anywhere(unbroken, text, tmp_path):
         state = fit(run, tmp_path)
     assert_same_state(state, expected)
     assert lines(tmp_path) == lines(workdir)
+    starts = ledger.load(tmp_path)
+    assert [record['end_step'] for record in starts] == [6, 8, 12]
+    assert json.loads((tmp_path / 'summary.json').read_text())['seconds'] == ledger.summarize(starts).wall
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -100,6 +130,32 @@ class StopAfter:
 
     def open(self, session):
         return lambda step, weights: os.kill(os.getpid(), signal.SIGTERM) or {}
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Fails:
+    """A hook with a fault, due at the step."""
+
+    at: int
+
+    def due(self, step, steps):
+        return step == self.at
+
+    def open(self, session):
+        return lambda step, weights: {}['no such key']
+
+
+def test_a_hook_that_fails_does_not_lose_a_step_that_is_to_be_saved(text, tmp_path, capsys):
+    run = tiny.get_config(f'text={text},steps=4,every=4')
+    run.hooks = (*run.hooks, Fails(at=4))
+    with pytest.raises(KeyError, match='no such key'):
+        fit(run, tmp_path)
+    saved = reader.find(tmp_path)
+    assert saved.step == 4
+    assert saved.metrics['bits_per_byte'] == lines(tmp_path)[-1]['bits_per_byte'], 'of the hook before it'
+    run.hooks = run.hooks[:-1]
+    fit(run, tmp_path)
+    assert 'all 4 steps are done' in capsys.readouterr().out
 
 
 def test_finished_run_does_nothing_more(unbroken, text, capsys):
@@ -167,5 +223,12 @@ def test_wrong_vocabulary_and_batch_are_one_line(text, tmp_path):
         fit(run, tmp_path / 'vocab')
     run = tiny.get_config(f'text={text}')
     run.data.global_batch = 12
-    with pytest.raises(ConfigError, match=r'12 rows are not divisible by data x fsdp x expert = 8'):
+    with pytest.raises(ConfigError, match=r'12 rows are not divisible by stage x data x fsdp x expert = 8'):
         fit(run, tmp_path / 'batch')
+    run.data.global_batch, run.mesh, run.model.layers = 8, Mesh(stage=2, fsdp=4), 2
+    message = '8 rows do not divide into 4 equal microbatches over 4 devices; make the batch a multiple of 16'
+    with pytest.raises(ConfigError, match=message):
+        fit(run, tmp_path / 'microbatches')
+    run.mesh, run.pipeline.microbatches = Mesh(stage=8, fsdp=1), 16
+    with pytest.raises(ConfigError, match='8 rows do not divide into 16 equal microbatches; make the batch'):
+        fit(run, tmp_path / 'microbatches')

@@ -52,6 +52,13 @@ def test_numbers_that_are_not_finite_are_valid_json_and_come_back(path):
     assert (record['b'], record['c']) == (math.inf, -math.inf)
 
 
+def test_lists_come_back_too(path):
+    writer = JsonLines(path)
+    values = {'loss': 1.0, 'load': [[0.25, 0.75], [math.inf, 0.5]], 'dropped': [0.0, 1.0]}
+    writer.write(1, values)
+    assert read(path) == [{'step': 1} | values]
+
+
 def test_cut_drops_what_came_after_the_restored_step_and_nothing_else(path):
     write_steps(path, [1, 2, 3, 4])
     whole = path.read_text().splitlines()
@@ -106,7 +113,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     pytest.importorskip('tensorboard')
     first = TensorBoard(tmp_path)
     for step in (1, 2, 3):
-        first.write(step, {'loss': float(step)})
+        first.write(step, {'loss': float(step), 'a list, which it cannot show': [1.0, 2.0]})
     first.close()
     second = TensorBoard(tmp_path)
     second.cut(2)
@@ -135,7 +142,7 @@ def test_asking_for_wandb_without_it_names_the_extra():
     try:
         import wandb  # noqa: F401
     except ImportError:
-        with pytest.raises(ConfigError, match=r"pip install 'tpu_llm\[wandb\]'"):
+        with pytest.raises(ConfigError, match=r"pip install -e '\.\[wandb\]'"):
             WandB('project', name='run', config={})
     else:
         pytest.skip('wandb is installed')

@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -88,6 +90,30 @@ def test_other_processes_show_nothing(capfd):
     assert capfd.readouterr() == ('', '')
 
 
+PIPED = """
+import sys
+from tpu_llm.train.progress import progress
+with progress(10) as reporter:
+    reporter.print('first')
+    sys.stdin.readline()
+    for step in range(10):
+        reporter.update(step, {})
+        reporter.print('more')
+print('other words')
+print('done', file=sys.stderr)
+"""
+
+
+def test_a_run_goes_on_when_whoever_reads_it_leaves():
+    pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, '-c', PIPED], text=True, **pipes)
+    assert process.stdout.readline() == 'first\n'
+    process.stdout.close()
+    process.stdout = None
+    _, err = process.communicate('go on\n')
+    assert (process.returncode, err) == (0, 'done\n')
+
+
 def test_colab_and_dumb_terminals_get_lines(monkeypatch):
     assert isinstance(progress(10, console=console(terminal=True)), Bar)
     monkeypatch.setenv('TERM', 'dumb')
@@ -114,6 +140,9 @@ def test_the_time_left_follows_the_pace_after_the_first_step():
         (999_999, '1M'),
         (3.4e6, '3.4M'),
         (7e9, '7B'),
+        (999_999e6, '1T'),
+        (2e12, '2T'),
+        (15.6e12, '15.6T'),
         (-2500, '-2.5k'),
     ],
 )

@@ -110,7 +110,7 @@ def test_nothing_is_fetched(html, page):
 
 
 def test_the_headline_numbers_are_there(page):
-    for text in ('quickstart-3f9a1c27de', '1.724', '10% below gzip -9 (1.911)', '7,345,408', '800 steps', '3:56'):
+    for text in ('quickstart-3f9a1c27de', '1.724', '10% below gzip -9 (1.911)', '7,345,408', '800 steps', '4:18'):
         assert text in page.text
 
 
@@ -122,6 +122,16 @@ def test_a_model_worse_than_gzip_is_not_praised(workdir, tmp_path):
     assert 'class="good"' not in html
 
 
+def test_a_part_scored_on_the_way_is_told_from_the_whole(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / 'run')
+    with (tmp_path / 'run/metrics.jsonl').open('a') as file:
+        file.write('{"step": 800, "heldout_loss_all": 2.75, "bits_per_byte_all": 1.724}\n')
+    (tmp_path / 'run/summary.json').write_text('{"bits_per_byte": 1.724, "heldout_loss": 2.75}')
+    text = Page(write_report(tmp_path / 'run').read_text()).text
+    for words in ('held-out loss2.75', 'the held-out text scored on the way', 'bits per byte, all documents'):
+        assert words in text
+
+
 def test_every_chart_is_there_and_says_what_it_shows(html, page):
     for title in ('Loss', 'Bits per byte', 'Learning rate', 'Gradient norm', 'Tokens per second'):
         assert f'<h3>{title}</h3>' in html
@@ -130,6 +140,22 @@ def test_every_chart_is_there_and_says_what_it_shows(html, page):
     assert 'gzip -9 1.911' in page.text
     assert '1 not finite' in page.text
     assert 'highest 40.5, off the chart' in page.text
+
+
+def test_the_load_of_each_expert_is_there(tmp_path):
+    even, skewed = [0.25] * 4, [0.9, 0.1, 0.0, 0.0]
+    lines = [{'step': 10, 'experts_used': 4.0, 'expert_load': [even, skewed]}]
+    lines.append({'step': 20, 'experts_used': 'nan', 'expert_load': [['nan'] * 4] * 2})
+    write_lines(tmp_path / 'metrics.jsonl', lines)
+    assert 'layer 0' in Page(write_report(tmp_path).read_text()).text  # without a config, they are just counted
+    (tmp_path / 'config.json').write_text(json.dumps({'model': {'moe': {'first_dense': 1, 'every': 2}}}))
+    html = write_report(tmp_path).read_text()
+    page = Page(html)
+    assert page.fetched == []
+    assert re.findall(r'layer \d', page.text) == ['layer 2', 'layer 4']
+    assert 'Load per expert, last step; 1 is an even share, 3 or more full colour: from 0 to 3.6' in html
+    assert sum(d.count('M') for d in re.findall(r'd="([^"]*h1v1h-1z)"', html)) == 8
+    assert 'alarm 2' in page.text
 
 
 def test_samples_are_escaped_and_only_the_latest_are_open(html, page):
@@ -157,6 +183,20 @@ def test_light_and_dark_are_both_defined_alike(html):
     assert set(re.findall(r'var\((--[\w-]+)\)', html)) <= light
 
 
+def test_further_metrics_have_charts(tmp_path):
+    lines = [
+        {'step': step, 'loss': 0.1, 'reward': step / 10, 'kl_written': 0.1, 'once' if step == 1 else 'kl': 1.0}
+        for step in range(1, 4)
+    ]
+    write_lines(tmp_path / 'metrics.jsonl', [*lines, {'step': 3, 'heldout_reward': 0.5}])
+    html = write_report(tmp_path).read_text()
+    text = Page(html).text
+    assert 'What else was measured' in text
+    assert html.count('<h3>Reward</h3>') == html.count('<h3>KL written</h3>') == html.count('<h3>KL</h3>') == 1
+    assert 'Once' not in text
+    assert 'nats per token' not in text  # that is not what its loss is
+
+
 def test_metrics_alone_make_a_page(tmp_path):
     write_lines(tmp_path / 'metrics.jsonl', [{'step': 1, 'loss': 3.0}])
     page = Page(write_report(tmp_path).read_text())
@@ -167,7 +207,10 @@ def test_metrics_alone_make_a_page(tmp_path):
 
 def test_a_run_without_a_finite_loss_makes_a_page(tmp_path):
     write_lines(tmp_path / 'metrics.jsonl', [{'step': step, 'loss': 'nan'} for step in (1, 2)])
-    Page(write_report(tmp_path).read_text())
+    page = Page(write_report(tmp_path).read_text())
+    assert 'Training' in page.text
+    assert 'nan' not in page.text
+    assert 'Loss' not in page.text, 'there is no curve to draw'
 
 
 def test_no_metrics_is_an_error(tmp_path):

@@ -80,3 +80,25 @@ def test_moments_are_sharded_whatever_the_parameters_are(optimizer, preset):
         assert {share(moment) for moment in found} == {1 / 8}
     scale = state.params['stack.period.0.mlp_norm.scale']
     assert scale.sharding.is_fully_replicated
+
+
+def test_factored_moments_lie_where_the_rows_and_columns_of_their_parameters_do():
+    layout = toy.layout(fsdp=4, tensor=2)
+    state = abstract_state(GRAPH, make_tx(Adafactor(schedule=FLAT, min_factored=4)), layout, ema=False)
+    moments = {
+        (path[-2].name, path[-1].key): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.optimizer)
+        if isinstance(path[-1], jax.tree_util.DictKey)
+    }
+    for name, rows, columns in [
+        ('stack.period.0.mlp.up.kernel', (2, 16, 1), (2, 1, 20)),
+        ('stack.period.0.attention.out.kernel', (2, 4, 6, 1), (2, 1, 1, 16)),
+        ('embed.table', (24, 1), (1, 16)),
+    ]:
+        for which, shape in [('rows', rows), ('columns', columns)]:
+            moment = moments[which, name]
+            assert moment.shape == shape
+            split = state.params[name].sharding.shard_shape(state.params[name].shape)
+            expected = tuple(min(pair) for pair in zip(split, shape, strict=True))
+            assert moment.sharding.shard_shape(shape) == expected
+    assert not any(which == 'full' and name.endswith('.kernel') for which, name in moments)

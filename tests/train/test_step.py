@@ -18,6 +18,7 @@ from tpu_llm.nn.param import Constant, param
 from tpu_llm.optim.optimizer import SGD, AdamW
 from tpu_llm.optim.schedule import Schedule
 from tpu_llm.parallel.compile import Compiled
+from tpu_llm.train.frozen import Frozen
 from tpu_llm.train.state import TrainState, create_state
 from tpu_llm.train.step import StepOptions, make_step
 
@@ -158,6 +159,19 @@ def test_a_bad_step_changes_no_bit_and_is_counted(bad, accumulate):
     assert any((now != then).any() for now, then in zip(trainer.arrays(), before, strict=True))
 
 
+@pytest.mark.parametrize('optimizer', [PLAIN, AdamW(schedule=FLAT)])
+def test_a_skipped_step_does_not_shift_the_schedule(optimizer):
+    schedule = Schedule(peak=0.5, warmup=4)
+    trainer, twin = (Trainer(dataclasses.replace(optimizer, schedule=schedule)) for _ in range(2))
+    rates = [trainer(batch)['learning_rate'] for batch in (BATCH, NAN, NAN, BATCH)]
+    np.testing.assert_allclose(rates, [0.125, 0.25, 0.375, 0.5], rtol=1e-6)
+    twin()
+    twin.set(step=3)  # the same two updates, with no step skipped between them
+    twin()
+    np.testing.assert_array_equal(trainer.value, twin.value)
+    assert trainer.value.any()
+
+
 def test_a_loss_far_above_its_moving_mean_is_skipped_from_step_100_on():
     mean = Trainer()()['loss']
     for step, above, skipped in [(100, 2.9, 0), (100, 3.1, 1), (99, 3.1, 0)]:
@@ -206,9 +220,9 @@ def test_noise_depends_on_the_seed_the_step_and_the_microbatch():
 
 def test_what_is_frozen_enters_as_an_argument_and_survives():
     trainer, frozen = Trainer(), jnp.ones(())
-    shifted = trainer(frozen=frozen)['targets']
+    shifted = trainer(frozen=Frozen(other=frozen))['targets']
     assert shifted == pytest.approx(Trainer()()['targets'] + 1)
-    trainer(frozen=frozen + 1)
+    trainer(frozen=Frozen(other=frozen + 1))
     assert trainer.step.compiles == 1
     assert not frozen.is_deleted()
 

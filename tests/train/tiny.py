@@ -1,10 +1,13 @@
 """The smallest whole run, as a config file: bytes for tokens, a one-layer decoder, evaluation, checkpoints.
 
-`text` is a folder of .txt files; `steps` and `pause` (seconds a step, so that a test can hit it) are for the tests.
+`text` is a folder of .txt files. For the tests: `steps`, `pause` (seconds a step, so that they can hit it) and `stuck`
+(host/step/seconds: where one host sleeps, once, or for 0 seconds fails).
 """
 
 import dataclasses
 import time
+
+import jax
 
 from tpu_llm.checkpoint.retention import Checkpoints
 from tpu_llm.config import Periodic, machine, parse_arg
@@ -13,7 +16,8 @@ from tpu_llm.data.mixture import Mixture
 from tpu_llm.data.sources import Text
 from tpu_llm.data.tokenizer import Bytes
 from tpu_llm.evals.perplexity import HeldOut
-from tpu_llm.models.decoder import DecoderConfig, Dropout
+from tpu_llm.models.decoder_config import DecoderConfig, Dropout
+from tpu_llm.nn.moe import MoE
 from tpu_llm.optim.optimizer import AdamW
 from tpu_llm.optim.schedule import Schedule
 from tpu_llm.train.run import Run
@@ -31,8 +35,24 @@ class Pause(Periodic):
         return call
 
 
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Stuck(Periodic):
+    where: str = machine('')
+
+    def open(self, session):
+        def call(step, weights):
+            host, at, seconds = map(int, self.where.split('/'))
+            if (host, at) == (jax.process_index(), step):
+                if not seconds:
+                    raise OSError('no such disk')
+                time.sleep(seconds)
+            return {}
+
+        return call
+
+
 def get_config(arg=None):
-    arg = parse_arg(arg, text='', steps=12, every=3, pause=0.0, workers=0)
+    arg = parse_arg(arg, text='', steps=12, every=3, pause=0.0, workers=0, experts=0, stuck='')
     text = (f'{arg.text}/*.txt',)
     model = DecoderConfig(
         vocab_size=259,
@@ -42,6 +62,7 @@ def get_config(arg=None):
         kv_heads=2,
         head_dim=16,
         mlp_width=64,
+        moe=MoE(experts=arg.experts, chosen=2, expert_width=32) if arg.experts else None,
         dropout=Dropout(residual=0.1, attention=0.1, embedding=0.1),
         dtype='float32',
     )
@@ -60,7 +81,11 @@ def get_config(arg=None):
         steps=arg.steps,
         log_every=1,
         ema=0.9,
-        checkpoints=Checkpoints(every=arg.every, keep=2, best='bits_per_byte'),
-        hooks=(HeldOut(source=Text(paths=text), every=4, rows=8), Pause(every=1, seconds=arg.pause)),
+        checkpoints=Checkpoints(every=arg.every, keep=2),
+        hooks=(
+            HeldOut(source=Text(paths=text), every=4, rows=8),
+            Pause(every=1, seconds=arg.pause),
+            *([Stuck(every=1, where=arg.stuck)] if arg.stuck else []),
+        ),
         report=False,
     )

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -15,11 +15,15 @@ from tpu_llm.data.evaluation import gzip_bits_per_byte, held_out
 from tpu_llm.data.tokenizer import Tokenizer
 from tpu_llm.infer.hook import Surroundings
 from tpu_llm.kernels.cross_entropy import Options, cross_entropy
+from tpu_llm.models.decoder_config import DecoderConfig
 from tpu_llm.models.graph import ModelGraph
 from tpu_llm.parallel import hosts, sharding
 from tpu_llm.parallel.compile import Compiled
 from tpu_llm.parallel.rules import BATCH
 from tpu_llm.parallel.sharding import Layout
+
+Heard = Callable[[Batch, int], None]
+_AHEAD = 2  # batches are dispatched while one is computed: the device does not wait, and few are held
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,17 +62,24 @@ class Evaluator:
                 model = graph.bind(weights)
                 hidden = model.hidden(batch.tokens, segments=batch.segments, positions=batch.positions)
                 options = Options(vocab_size=model.vocab_size, softcap=model.logit_softcap)
-                kernel = model.unembedding()
-                return cross_entropy(hidden, kernel, batch.targets, batch.weights, options, model.dtype)[1]
+                kernel, bias = model.unembedding(), model.logit_bias()
+                return cross_entropy(hidden, kernel, batch.targets, batch.weights, options, model.dtype, bias)[1]
 
         self._program = Compiled('evaluation step', nats, out_shardings=layout.replicated)
 
-    def __call__(self, weights: dict[str, Array], documents: Documents) -> Score:
+    def __call__(self, weights: dict[str, Array], documents: Documents, heard: Heard = lambda batch, of: None) -> Score:
+        """`heard` is told of each batch that is scored, and of how many bytes the documents are."""
         batches, raw_bytes = held_out(documents, self.tokenizer, self.rows, self.seq_len)
-        return self.score(weights, batches, raw_bytes)
+        return self.score(weights, batches, raw_bytes, heard)
 
-    def score(self, weights: dict[str, Array], batches: Iterable[Batch], raw_bytes: int) -> Score:
-        # Sums of a batch are float32, the sum over batches is float64; all are dispatched before any is read.
+    def score(
+        self,
+        weights: dict[str, Array],
+        batches: Iterable[Batch],
+        raw_bytes: int,
+        heard: Heard = lambda batch, of: None,
+    ) -> Score:
+        # Sums of a batch are float32, the sum over batches is float64.
         sums, tokens = [], 0
         for batch in batches:
             tokens += int(batch.weights.sum())
@@ -77,15 +88,22 @@ class Evaluator:
                 batch,
             )
             sums.append(self._program(weights, placed))
+            if len(sums) > _AHEAD:
+                sums[-1 - _AHEAD].block_until_ready()
+            heard(batch, raw_bytes)
         return Score(nats=float(sum(map(float, sums))), tokens=tokens, raw_bytes=raw_bytes)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class HeldOut(Periodic):
-    """A hook that scores `source`: its first `documents` every so many steps, all of it after the last.
+    """A hook that scores the first `documents` of `source` every so many steps, and all of it after the last, too.
 
-    Logs heldout_loss (nats a token), bits_per_byte and, once at the end, what gzip -9 needs for the same bytes.
+    Logs heldout_loss (nats a token) and bits_per_byte, each time of the same documents. Where these are a part,
+    the last step adds the same of all, as heldout_loss_all and bits_per_byte_all; these are what summary.json holds
+    under the plain names. It also adds gzip_bits_per_byte, what gzip -9 needs for all.
     """
+
+    metrics: ClassVar = ('heldout_loss', 'bits_per_byte')
 
     source: Any
     documents: int = schedule(0)  # 0: all of them each time
@@ -105,11 +123,15 @@ class OpenHeldOut:
     def __init__(self, config: HeldOut, session: Any):
         self.session: Surroundings = session
         self.steps = session.steps
+        if not isinstance(session.run.model, DecoderConfig):
+            raise ConfigError(
+                f'HeldOut scores next tokens, and model is {type(session.run.model).__name__}; use HeldOutObjective'
+            )
         documents = config.source.open()
         if not len(documents):
             raise ConfigError('the held-out source holds no document; check its paths')
         self.all = documents
-        self.some = Head(documents, config.documents) if config.documents else documents
+        self.some = Head(documents, config.documents) if 0 < config.documents < len(documents) else documents
         parts = math.prod(session.layout.mesh.shape[axis] for axis in BATCH)
         self.evaluator = Evaluator(
             session.graph,
@@ -120,14 +142,26 @@ class OpenHeldOut:
         )
 
     def __call__(self, step: int, weights: dict[str, Array]) -> dict[str, float]:
-        last = step == self.steps
         with self.session.busy('eval', 'evaluating'):
-            score = self.evaluator(weights, self.all if last else self.some)
-            values = {'heldout_loss': score.loss, 'bits_per_byte': score.bits_per_byte}
-            if last:
-                values['gzip_bits_per_byte'] = gzip_bits_per_byte(self.all, self.session.tokenizer)
-        text = f'step {step}: held-out {score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.2f}'
-        if last:
-            text += f' ({score.raw_bytes:,} bytes; gzip -9 needs {values["gzip_bits_per_byte"]:.4f})'
-        self.session.print(text)
-        return values
+            score = self.evaluator(weights, self.some)
+        values = {'heldout_loss': score.loss, 'bits_per_byte': score.bits_per_byte}
+        part = f' (first {len(self.some)} of {len(self.all)} documents)' if self.some is not self.all else ''
+        if part or step < self.steps:
+            self._print(step, score, part)
+        return values | self._whole(step, weights, score) if step == self.steps else values
+
+    def _whole(self, step: int, weights: dict[str, Array], score: Score) -> dict[str, float]:
+        """Scores all documents, unless `score` is of all, beside gzip."""
+        values = {}
+        if self.some is not self.all:
+            with self.session.busy('eval', 'evaluating all documents'):
+                score = self.evaluator(weights, self.all)
+            values = {'heldout_loss_all': score.loss, 'bits_per_byte_all': score.bits_per_byte}
+        with self.session.busy('eval', 'compressing with gzip'):
+            gzip = gzip_bits_per_byte(self.all, self.session.tokenizer)
+        self._print(step, score, f' ({score.raw_bytes:,} bytes; gzip -9 needs {gzip:.4f})')
+        return values | {'gzip_bits_per_byte': gzip}
+
+    def _print(self, step: int, score: Score, of: str) -> None:
+        bits = f'held-out {score.bits_per_byte:.4f} bits per byte'
+        self.session.print(f'step {step}: {bits}, perplexity {score.perplexity:.2f}{of}')

@@ -3,15 +3,16 @@
 import contextlib
 import dataclasses
 import json
-from typing import Protocol
+from typing import Any, Protocol
 
 from etils import epath
 
 from tpu_llm.arrays import Array
 from tpu_llm.config import ConfigError, Periodic, schedule
 from tpu_llm.data.tokenizer import Tokenizer
-from tpu_llm.infer.generate import Generator
-from tpu_llm.infer.sampling import Sample
+from tpu_llm.infer.generate import Generator, check_new_tokens
+from tpu_llm.infer.sampling import Greedy, Sample, Sampling
+from tpu_llm.models.decoder_config import DecoderConfig
 from tpu_llm.models.graph import ModelGraph
 from tpu_llm.parallel.sharding import Layout
 
@@ -19,6 +20,7 @@ from tpu_llm.parallel.sharding import Layout
 class Surroundings(Protocol):
     """What a hook needs of the run it watches."""
 
+    run: Any
     workdir: epath.Path
     graph: ModelGraph
     layout: Layout
@@ -36,16 +38,17 @@ class Samples(Periodic):
 
     prompts: tuple[str, ...]
     max_new_tokens: int = schedule(64)
-    temperature: float = schedule(0.8)
+    temperature: float = schedule(0.8)  # 0: the likeliest token
     top_p: float = schedule(0.95)
 
     def validate(self) -> None:
         if not self.prompts:
             raise ConfigError('prompts is empty; give at least one')
+        check_new_tokens(self.max_new_tokens)
         self.sampling()
 
-    def sampling(self) -> Sample:
-        return Sample(temperature=self.temperature, top_p=self.top_p)
+    def sampling(self) -> Sampling:
+        return Sample(temperature=self.temperature, top_p=self.top_p) if self.temperature else Greedy()
 
     def open(self, session: Surroundings) -> 'OpenSamples':
         return OpenSamples(self, session)
@@ -55,6 +58,17 @@ class OpenSamples:
     """The hook at work. A continued run drops the samples of steps it will do again."""
 
     def __init__(self, config: Samples, session: Surroundings):
+        model = session.run.model
+        if not isinstance(model, DecoderConfig):
+            raise ConfigError(
+                f'the Samples hook continues prompts, and model is {type(model).__name__}; take the hook out'
+            )
+        moe = model.moe
+        if (config.every or config.last) and moe is not None and moe.router.choice == 'expert_choice':
+            raise ConfigError(
+                "the Samples hook draws token by token, and router.choice = 'expert_choice' looks at whole rows; take "
+                'the hook out, switch it off (every=0, last=False) or choose another router'
+            )
         self.config = config
         self.session = session
         self.generator = Generator(

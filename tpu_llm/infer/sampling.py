@@ -21,6 +21,7 @@ class Greedy:
 class Sample:
     """A draw from softmax(logits / temperature), cut to the `top_k` likeliest tokens and then to the fewest whose
     probability reaches `top_p` (nucleus sampling: Holtzman et al., 2019, arXiv 1904.09751). 0 and 1 do not cut.
+    Tokens exactly as likely as the last one kept stay too.
     """
 
     temperature: float = 1.0
@@ -28,7 +29,7 @@ class Sample:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not self.temperature > 0:  # nor NaN
             raise ConfigError(
                 f'temperature is {self.temperature}; it must be above 0 (for the likeliest token use Greedy())'
             )

@@ -1,4 +1,4 @@
-"""Line charts as plain HTML and SVG: they scale to any width, follow the page's light or dark colours,
+"""Line charts and heat maps as plain HTML and SVG: they scale to any width, follow the page's light or dark colours,
 print, and need a script only for the read-out under the pointer.
 
 The lines are drawn in a viewBox that is stretched to the chart's box while strokes keep their width; every
@@ -59,6 +59,36 @@ def chart(title: str, unit: str, series: Sequence[Series], marks: Sequence[tuple
 </svg>
 <div class="cursor" hidden></div><output class="readout" hidden></output>
 <script type="application/json">{_data(drawn, frame)}</script>
+</div>
+</figure>"""
+
+
+def heat_map(title: str, unit: str, rows: Sequence[Sequence[float]], names: Sequence[str], full: float) -> str:
+    """A `<figure>` with a line of cells a row, named at the left: blank at 0, in full colour from `full` on."""
+    down, across = len(rows), len(rows[0])
+    shades: dict[int, list[str]] = {}
+    for y, row in enumerate(rows):
+        for x, value in enumerate(row):
+            shades.setdefault(round(10 * min(value / full, 1.0)), []).append(f'M{x} {y}h1v1h-1z')
+    cells = ''.join(f'<path style="opacity:{shade / 10}" d="{"".join(d)}"/>' for shade, d in sorted(shades.items()))
+    every = -(-down // 16)
+    labels = [
+        f'<span class="y" style="top:{100 * (y + 0.5) / down:.2f}%">{escape(name)}</span>'
+        for y, name in enumerate(names)
+        if y % every == 0
+    ]
+    labels += [
+        f'<span class="x" style="left:{100 * (x + 0.5) / across:.2f}%">{number(x)}</span>'
+        for x in ticks(0, across - 0.5)
+        if x == int(x)
+    ]
+    lowest, highest = min(map(min, rows)), max(map(max, rows))
+    spoken = f'{title}, {unit}: from {number(lowest)} to {number(highest)}'
+    return f"""<figure class="chart">
+<figcaption><h3>{escape(title)}</h3> <span class="unit">{escape(unit)}</span></figcaption>
+<div class="heat" role="img" aria-label="{escape(spoken)}">
+<div class="axes" aria-hidden="true">{''.join(labels)}</div>
+<svg viewBox="0 0 {across} {down}" preserveAspectRatio="none" aria-hidden="true">{cells}</svg>
 </div>
 </figure>"""
 

@@ -13,8 +13,8 @@ from tpu_llm.train.session import Session
 from tpu_llm.train.state import TrainState
 
 
-def first_non_finite(session: Session, state: TrainState, batch: Batch) -> str:
-    """One phrase that names the first module whose output is not finite on this batch, in model order.
+def first_non_finite(session: Session, state: TrainState, batch: Batch, step: int) -> str:
+    """One phrase that names the first module whose output is not finite on this batch of step `step`, in model order.
 
     Several hosts would have to run it together, which no longer can be relied on once training is broken:
     there the phrase says how to find out instead.
@@ -24,12 +24,15 @@ def first_non_finite(session: Session, state: TrainState, batch: Batch) -> str:
     for name, value in state.params.items():
         if not bool(jnp.isfinite(value).all()):
             return f'the parameter {name} is not finite'
-    model = session.graph.bind(state.params).unstacked()
+    model = session.graph.bind({**session.frozen.base, **state.params}).unstacked()
     with recorded(model) as outputs:
-        session.run.objective(model, batch, frozen=None, key=None, step=state.step)
+        frozen = session.frozen_model()
+        loss, *_ = session.run.objective(model, batch, frozen=frozen, key=None, step=jnp.int32(step - 1))
     for name, finite in outputs:
         if not finite:
             return f'the first non-finite output is that of {name}'
+    if not bool(jnp.isfinite(loss)):
+        return "every module's output is finite, but the loss made of them is not"
     return 'the forward pass is finite, so the gradients were not'
 
 

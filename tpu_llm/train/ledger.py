@@ -25,7 +25,7 @@ from rich.table import Table
 from tpu_llm.train.metrics import read, replace_text
 from tpu_llm.train.progress import clock
 
-Phase = Literal['init', 'compile', 'data_wait', 'step', 'eval', 'save', 'restore', 'sample']
+Phase = Literal['init', 'compile', 'data_wait', 'step', 'eval', 'save', 'restore', 'sample', 'rollout', 'reward']
 PHASES = (*get_args(Phase), 'lost', 'other')
 FILE = 'ledger.jsonl'
 
@@ -58,10 +58,20 @@ class Ledger:
             self._charge()
             self._open.pop()
 
+    @property
+    def current(self) -> str:
+        """The innermost open phase. Any thread may look."""
+        return ['other', *self._open][-1]
+
     def seconds(self, *phases: Phase) -> float:
         """Seconds charged so far to these phases of this start; without names, to all."""
         self._charge()
         return sum(self._seconds.get(name, 0.0) for name in phases or self._seconds)
+
+    def spent(self) -> dict[str, float]:
+        """Seconds charged so far, by phase."""
+        self._charge()
+        return dict(self._seconds)
 
     def resumed(self, step: int) -> None:
         """This start continues from `step` (0: from scratch)."""

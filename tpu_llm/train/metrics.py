@@ -6,7 +6,8 @@ run that continues first calls `cut(step)`, so that every step is recorded once.
 steps before it.
 
 In `metrics.jsonl` every line is one JSON object, `step` first. JSON has no word for a number that is not
-finite: it is written as the string 'nan', 'inf' or '-inf', and `read` gives the float back.
+finite: it is written as the string 'nan', 'inf' or '-inf', and `read` gives the float back. A value may be a list
+(a number a layer), or a list of lists; TensorBoard and Weights & Biases get the plain numbers only.
 """
 
 import json
@@ -14,13 +15,14 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+import types
 from typing import IO, Any, Protocol, runtime_checkable
 
 from etils import epath
 
 from tpu_llm.config import ConfigError
 
+Values = dict[str, Any]  # numbers by name, or lists of them
 NOT_FINITE = ('nan', 'inf', '-inf')
 
 
@@ -28,7 +30,7 @@ NOT_FINITE = ('nan', 'inf', '-inf')
 class Writer(Protocol):
     """What the loop and the hooks ask of a place that numbers go to."""
 
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def write(self, step: int, values: Values) -> None: ...
 
     def cut(self, step: int) -> None:
         """Forgets everything after `step`: the run continues from there."""
@@ -44,7 +46,7 @@ class Writers:
     def __init__(self, *writers: Writer):
         self._writers = writers
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Values) -> None:
         for writer in self._writers:
             writer.write(step, values)
 
@@ -75,7 +77,7 @@ class JsonLines:
         self._file: IO[str] | None = None  # local
         self._lines: list[str] | None = None  # in a bucket, where nothing can be appended
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Values) -> None:
         line = json.dumps({'step': int(step)} | {name: _number(value) for name, value in values.items()})
         if is_remote(self.path):
             if self._lines is None:
@@ -123,12 +125,24 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f'{path}:{number} is not JSON ({error.msg}): mend or delete the line') from None
-        records.append({k: float(v) if v in NOT_FINITE else v for k, v in record.items()})
+        records.append({name: _parsed(value) for name, value in record.items()})
     return records
 
 
-def _number(value: float) -> float | str:
+def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_number(each) for each in value]
     return value if math.isfinite(value) else str(float(value))
+
+
+def _parsed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_parsed(each) for each in value]
+    return float(value) if value in NOT_FINITE else value
+
+
+def _scalars(values: Values) -> Values:
+    return {name: value for name, value in values.items() if not isinstance(value, list)}
 
 
 def _mend_tail(path: epath.Path) -> None:
@@ -139,6 +153,14 @@ def _mend_tail(path: epath.Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------- TensorBoard, W&B
+
+
+def _protos() -> Any:
+    """TensorBoard's messages, whose classes are made when their modules are imported."""
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    made = vars(summary_pb2) | vars(event_pb2)
+    return types.SimpleNamespace(**{name: made[name] for name in ('Summary', 'Event', 'SessionLog')})
 
 
 class TensorBoard:
@@ -152,10 +174,12 @@ class TensorBoard:
         self._folder = self._spool.name if self._spool else os.fspath(self.path)
         self._events: Any = None
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Values) -> None:
+        protos = _protos()
         self._events = self._events or self._open()
-        for name, value in values.items():
-            self._events.add_scalar(name, float(value), step)
+        scalars = [protos.Summary.Value(tag=name, simple_value=value) for name, value in _scalars(values).items()]
+        summary = protos.Summary(value=scalars)
+        self._events.write_event(protos.Event(wall_time=time.time(), step=step, summary=summary))
 
     def cut(self, step: int) -> None:
         """Event files only grow: a new one tells TensorBoard to hide what older ones say of later steps."""
@@ -177,10 +201,17 @@ class TensorBoard:
             self._spool.cleanup()
 
     def _open(self, purge_step: int | None = None) -> Any:
-        from tensorboardX import SummaryWriter
+        # Not its SummaryWriter, whose thread dies of a full disk with a traceback, and then blocks whoever writes.
+        from tensorboardX.event_file_writer import EventsWriter
 
+        os.makedirs(self._folder, exist_ok=True)
         # tensorboardX names files by the second: two starts within one would overwrite each other.
-        return SummaryWriter(self._folder, purge_step=purge_step, filename_suffix=f'.{time.time_ns()}')
+        events = EventsWriter(os.path.join(self._folder, 'events'), f'.{time.time_ns()}')
+        if purge_step is not None:
+            protos = _protos()
+            log = protos.SessionLog(status=protos.SessionLog.START)
+            events.write_event(protos.Event(step=purge_step, session_log=log))
+        return events
 
     def _close_events(self) -> None:
         if self._events is not None:
@@ -198,12 +229,12 @@ class WandB:
         try:
             import wandb  # pyright: ignore[reportMissingImports] (an extra)
         except ImportError:
-            raise ConfigError("Weights & Biases is asked for but not installed: pip install 'tpu_llm[wandb]'") from None
+            raise ConfigError("Weights & Biases is asked for but not installed: pip install -e '.[wandb]'") from None
         self._run = wandb.init(project=project, name=name, id=name, resume='allow', config=config)
         self._run.define_metric('*', step_metric='step')
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({'step': step} | dict(values))
+    def write(self, step: int, values: Values) -> None:
+        self._run.log({'step': step} | _scalars(values))
 
     def cut(self, step: int) -> None:
         """Nothing to cut: the page is drawn over `step`, and a repeated step gives the same point again."""

@@ -2,7 +2,9 @@
 anywhere.
 """
 
+from collections.abc import Sequence
 from html import escape
+from typing import Literal
 
 _HEAD = """<!doctype html>
 <html lang="en">
@@ -19,14 +21,14 @@ _STYLE = """
   --paper: #f6f7f9; --card: #ffffff; --ink: #16191f; --soft: #5a6270; --line: #e3e6eb; --grid: #eceef2;
   --good: #177245; --color-1: #2563c9; --color-2: #c2570c; --color-3: #0d7d74; --color-4: #8741b8;
   --color-5: #b3265e; --color-6: #6b7686; --color-7: #4d7c0f; --color-8: #a16207; --color-9: #c81e1e;
-  --color-10: #9aa3af;
+  --color-10: #9aa3af; --color-11: #0e7490; --color-12: #7c5e3b;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #0f1216; --card: #171b21; --ink: #e8eaee; --soft: #9aa4b2; --line: #2a3039; --grid: #222831;
     --good: #5cc98e; --color-1: #6ea8fe; --color-2: #f0a25f; --color-3: #4fc6ba; --color-4: #c490ec;
     --color-5: #f08cb4; --color-6: #98a2b0; --color-7: #a3cf5c; --color-8: #e2b93b; --color-9: #f47c7c;
-    --color-10: #5d6774;
+    --color-10: #5d6774; --color-11: #67d0e8; --color-12: #c9a77c;
   }
 }
 * { box-sizing: border-box; }
@@ -52,6 +54,7 @@ h3 { font-size: 15px; margin: 0; display: inline; }
 .card dd { margin: 0; font-size: 25px; font-weight: 650; line-height: 1.3; letter-spacing: -.01em; }
 .card small { display: block; font-size: 13px; font-weight: 400; color: var(--soft); letter-spacing: 0; }
 .card small.good { color: var(--good); }
+.card small.bad { color: var(--color-9); }
 
 .charts { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 16px; }
 .chart { grid-column: span 3; margin: 0; padding: 14px 16px 12px; min-width: 0; }
@@ -64,10 +67,11 @@ h3 { font-size: 15px; margin: 0; display: inline; }
 .legend i, .swatch {
   display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 7px;
 }
-.plot { position: relative; height: 270px; margin: 14px 0 22px 44px; touch-action: pan-y; }
+.plot, .heat { position: relative; height: 270px; margin: 14px 0 22px 44px; touch-action: pan-y; }
 .third .plot { height: 190px; }
 .plot:focus-visible { outline: 2px solid var(--color-1); outline-offset: 3px; }
-.plot svg {
+.heat path { fill: var(--color-2); }
+.plot svg, .heat svg {
   position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; clip-path: inset(-1px -5px);
 }
 .plot path { fill: none; vector-effect: non-scaling-stroke; stroke-linejoin: round; stroke-width: 2px; }
@@ -90,14 +94,19 @@ h3 { font-size: 15px; margin: 0; display: inline; }
 
 .panel { padding: 16px; }
 .bar { display: flex; height: 22px; border-radius: 6px; overflow: hidden; margin-bottom: 14px; gap: 1px; }
+.panel > p { margin: 0 0 10px; }
+.panel > :last-child { margin-bottom: 0; }
+.panel > .note { margin-top: 12px; font-size: 13px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td {
   text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top;
 }
+th:last-child, td:last-child { padding-right: 0; }
 tr:last-child td { border-bottom: 0; }
 th { color: var(--soft); font-weight: 500; font-size: 13px; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
+.number, thead + tbody td { white-space: nowrap; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 16px; }
 .sample { margin: 0; }
 .sample figcaption { color: var(--soft); font-size: 13px; margin-bottom: 6px; }
@@ -105,6 +114,35 @@ th { color: var(--soft); font-weight: 500; font-size: 13px; }
   margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.55 ui-monospace, monospace;
 }
 .sample mark { background: none; color: var(--color-1); font-weight: 700; }
+.fall { list-style: none; margin: 0; padding: 0; }
+.fall li {
+  display: grid; grid-template-columns: minmax(0, 290px) minmax(0, 1fr) 76px 60px; gap: 0 14px; align-items: center;
+}
+.fall svg { width: 100%; height: 100%; min-height: 48px; overflow: visible; }
+.fall path { stroke: var(--soft); stroke-width: 1px; stroke-dasharray: 2 2; vector-effect: non-scaling-stroke; }
+.fall b, .fall em { text-align: right; font-style: normal; white-space: nowrap; }
+.fall b { font-weight: 500; }
+.fall em { color: var(--soft); }
+.fall small { display: block; font-size: 13px; line-height: 1.35; color: var(--soft); }
+.fall .total span, .fall .total b { font-weight: 650; }
+.tower { position: relative; height: 400px; margin: 12px 0 12px 76px; }
+.tower svg {
+  position: absolute; width: 27%; height: 100%; overflow: visible;
+  outline: 1px dashed var(--soft); outline-offset: -1px;
+}
+.tower rect { stroke: var(--card); stroke-width: 1px; vector-effect: non-scaling-stroke; }
+.tower path { stroke: var(--ink); stroke-width: 2px; vector-effect: non-scaling-stroke; }
+.tower .name {
+  left: calc(27% + 14px); right: 0; transform: translateY(-50%); overflow: hidden; text-overflow: ellipsis;
+  font-size: 13px; line-height: 17px;
+}
+.tower .name b { color: var(--ink); font-weight: 600; }
+.tower .beyond {
+  width: 27%; padding: 0 6px; transform: translateY(-50%); color: var(--card); text-align: center;
+  font-size: 13px; font-weight: 650; line-height: 17px; white-space: normal;
+}
+.strip { display: block; width: 110px; height: 12px; margin-top: 5px; }
+.strip rect { stroke: none; }
 details { margin-top: 12px; }
 .panel > details { margin-top: 0; }
 summary { cursor: pointer; font-weight: 500; padding: 4px 0; }
@@ -115,15 +153,23 @@ input {
 .config td { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 .config td:first-child { width: 45%; color: var(--soft); }
 
+@media (min-width: 760px) { .columns.uneven { grid-template-columns: minmax(0, 21fr) minmax(0, 19fr); } }
+@media (max-width: 1000px) { .cards { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
+@media (max-width: 640px) {
+  .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .fall li { grid-template-columns: minmax(0, 1fr) auto 56px; padding: 8px 0 0; }
+  .fall svg { grid-row: 2; grid-column: 1 / 4; min-height: 26px; height: 26px; }
+}
 @media (max-width: 900px) { .chart, .chart.third { grid-column: span 6; } }
 @media (max-width: 500px) {
   main, header, footer { padding-left: 12px; padding-right: 12px; }
   header { padding-top: 20px; }
-  .cards { grid-template-columns: 1fr 1fr; gap: 8px; }
+  .cards { gap: 8px; }
   .card { padding: 11px 12px; }
   .card dd { font-size: 21px; }
   .chart, .panel { padding: 12px; }
   .plot, .third .plot { height: 210px; }
+  .tower { margin-left: 62px; }
 }
 @media print { body { background: none; } .chart, .panel, .card { break-inside: avoid; } }
 """
@@ -194,3 +240,23 @@ def page(title: str, header: str, main: str, footer: str) -> str:
         f'<header>\n{header}\n</header>\n<main>\n{main}\n</main>\n<footer>{footer}</footer>\n'
         f'<script>{_SCRIPT}</script>\n</body>\n</html>\n'
     )
+
+
+def section(title: str, body: str) -> str:
+    return f'<section><h2>{escape(title)}</h2>\n{body}</section>'
+
+
+def card(name: str, value: str, note: str, look: Literal['', 'good', 'bad'] = '') -> str:
+    """A number that one asks for first; they stand in a `<dl class="cards">`."""
+    kind = f' class="{look}"' if look else ''
+    small = f'<small{kind}>{escape(note)}</small>'
+    return f'<div class="card"><dt>{escape(name)}</dt><dd>{escape(value)}{small}</dd></div>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """Cells are HTML; all columns after the first `words` hold numbers."""
+    kinds = [*[''] * words, *[' class="number"'] * (len(head) - words)]
+    top = ''.join(f'<th scope="col"{kind}>{name}</th>' for kind, name in zip(kinds, head, strict=True))
+    lines = [''.join(f'<td{kind}>{cell}</td>' for kind, cell in zip(kinds, row, strict=True)) for row in rows]
+    body = ''.join(f'<tr>{line}</tr>' for line in lines)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -13,7 +13,7 @@ from tpu_llm.config import ConfigError, schedule
 class Profile:
     """Traces `steps` steps after step `start` (late enough that nothing compiles any more) into WORKDIR/profile.
 
-    Look at it with `tensorboard --logdir WORKDIR/profile` (pip install 'tpu_llm[profile]').
+    Look at it with `tensorboard --logdir WORKDIR/profile` (pip install -e '.[profile]').
     """
 
     start: int = schedule(10)

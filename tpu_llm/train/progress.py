@@ -6,6 +6,7 @@ kinds have one interface, and `progress(...)` picks. Only process 0 shows anythi
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 LINE_EVERY = 10.0  # seconds between two lines where there is no bar
+SHOWN = ('tokens_per_second', 'accuracy', 'reward')  # beside the loss, where a run has them
 
 
 @runtime_checkable
@@ -25,7 +27,7 @@ class Reporter(Protocol):
     def __exit__(self, *exception: object) -> None: ...
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """`step` is finished. Of `values`, `loss` and `tokens_per_second` are shown where present."""
+        """`step` is finished. Of `values`, `loss` and those of SHOWN are shown where present."""
 
     def status(self, text: str) -> contextlib.AbstractContextManager[None]:
         """Says what else is going on ('compiling', 'evaluating') while the block runs."""
@@ -35,11 +37,19 @@ class Reporter(Protocol):
         """Prints above the bar; text is shown as it is, square brackets included."""
 
 
+class Output(Console):
+    """Standard output, until whoever reads it leaves (`… | head`): the run goes on without a word."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python has still to write
+
+
 def progress(total: int, start: int = 0, *, shown: bool = True, console: Console | None = None) -> Reporter:
     """The reporter that suits where the output goes; `total` and `start` in steps, `shown` on process 0
     only.
     """
-    console = Console(quiet=True) if not shown else console or Console()
+    console = Console(quiet=True) if not shown else console or Output()
     in_notebook = console.is_jupyter or 'COLAB_RELEASE_TAG' in os.environ
     live = shown and console.is_terminal and not console.is_dumb_terminal and not in_notebook
     return Bar(total, start, console) if live else Lines(total, console)
@@ -135,8 +145,7 @@ class Lines:
 def describe(step: int, total: int, values: Mapping[str, float], remaining: float | None) -> str:
     """`120/1,000  loss 5.412  11.2k tokens/s  ETA 3:21`"""
     parts = [f'{step:,}/{total:,}']
-    if 'loss' in values:
-        parts.append(f'loss {values["loss"]:.3f}')
+    parts += [f'{name} {values[name]:.3f}' for name in ('loss', 'accuracy', 'reward') if name in values]
     if 'tokens_per_second' in values:
         parts.append(f'{short(values["tokens_per_second"])} tokens/s')
     if remaining is not None:
@@ -145,8 +154,8 @@ def describe(step: int, total: int, values: Mapping[str, float], remaining: floa
 
 
 def short(number: float) -> str:
-    """Three digits and a letter: 812, 11.2k, 3.4M, 1.2B."""
-    for size, letter in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
+    """Three digits and a letter: 812, 11.2k, 3.4M, 1.2B, 15T."""
+    for size, letter in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
         if abs(number) >= 0.9995 * size:  # 999,999 is 1M, not 1e+03k
             return f'{number / size:.3g}{letter}'
     return f'{number:.3g}'

@@ -1,12 +1,13 @@
 """`report.html`: a run on one page, made from what lies in its workdir.
 
 It reads `metrics.jsonl`, which every run has, and where they are there `ledger.jsonl`, `samples.jsonl`
-(lines of step, prompt, text), `config.json` and `summary.json` (the final numbers: bits_per_byte,
-gzip_bits_per_byte, tokens, parameters, seconds). What a run did not do is left out of the page. The page
-needs no network.
+(lines of step, prompt, text), `config.json` and `summary.json` (the final numbers: bits_per_byte and
+heldout_loss of all held-out text, gzip_bits_per_byte, tokens, parameters). What a run did not do is left
+out of the page. The page needs no network.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -16,9 +17,9 @@ from etils import epath
 
 from tpu_llm.config import flatten
 from tpu_llm.train import ledger
-from tpu_llm.train.chart import Series, chart, number, smooth
+from tpu_llm.train.chart import Series, chart, heat_map, number, smooth
 from tpu_llm.train.metrics import read, replace_text
-from tpu_llm.train.page import page
+from tpu_llm.train.page import card, page, section, table
 from tpu_llm.train.progress import clock, short
 
 FILE = 'report.html'
@@ -38,6 +39,8 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     config, summary = _json(workdir / 'config.json'), _json(workdir / 'summary.json')
     sections = [
         _charts(metrics, summary),
+        _further(metrics),
+        _experts(metrics, config),
         _samples(samples),
         _time(starts),
         _evaluations(metrics),
@@ -57,7 +60,16 @@ def _points(metrics: Records, name: str) -> list[tuple[float, float]]:
     return [(record['step'], record[name]) for record in metrics if name in record]
 
 
+def _values(metrics: Records, name: str) -> list[float]:
+    return [value for _, value in _points(metrics, name)]
+
+
 # ------------------------------------------------------------------------------------------- headline numbers
+
+
+def _unit(metrics: Records) -> str:
+    """Of the loss: objectives that predict tokens tell `nll`."""
+    return 'nats per token' if any('nll' in record for record in metrics) else ''
 
 
 def _where(workdir: epath.Path, starts: Records) -> str:
@@ -70,34 +82,31 @@ def _cards(metrics: Records, summary: Mapping[str, Any], starts: Records) -> str
     cards = []
     if 'bits_per_byte' in summary:
         cards.append(_bits_card(summary['bits_per_byte'], summary.get('gzip_bits_per_byte')))
-    if heldout := _points(metrics, 'heldout_loss'):
-        cards.append(_card('held-out loss', number(heldout[-1][1]), 'nats per token'))
+    if heldout := [summary['heldout_loss']] if 'heldout_loss' in summary else _values(metrics, 'heldout_loss'):
+        cards.append(card('held-out loss', number(heldout[-1]), _unit(metrics)))
     if losses := smooth(_points(metrics, 'loss')):
-        cards.append(_card('training loss', number(losses[-1][1]), 'nats per token, end of the run'))
+        note = ', '.join(filter(None, (_unit(metrics), 'end of the run')))
+        cards.append(card('training loss', number(losses[-1][1]), note))
     if 'parameters' in summary:
-        cards.append(_card('parameters', short(summary['parameters']), f'{summary["parameters"]:,}'))
+        active = summary.get('active_parameters', summary['parameters'])
+        note = f'{short(active)} active' if active < summary['parameters'] else f'{active:,}'
+        cards.append(card('parameters', short(summary['parameters']), note))
     if 'tokens' in summary:
-        cards.append(_card('tokens', short(summary['tokens']), f'{metrics[-1]["step"]:,} steps'))
-    if speeds := [speed for _, speed in _points(metrics, 'tokens_per_second')]:
-        cards.append(_card('tokens per second', short(statistics.median(speeds)), 'median'))
-    if 'seconds' in summary:
-        goodput = f'{ledger.summarize(starts).goodput:.0%} of it training steps' if starts else ''
-        cards.append(_card('time', clock(summary['seconds']), goodput))
+        cards.append(card('tokens', short(summary['tokens']), f'{metrics[-1]["step"]:,} steps'))
+    if speeds := _values(metrics, 'tokens_per_second'):
+        cards.append(card('tokens per second', short(statistics.median(speeds)), 'median'))
+    if starts:
+        spent = ledger.summarize(starts)
+        cards.append(card('time', clock(spent.wall), f'{spent.goodput:.0%} of it training steps'))
     return f'<dl class="cards">{"".join(cards)}</dl>'
 
 
 def _bits_card(bits: float, gzip: float | None) -> str:
     if gzip is None:
-        return _card('bits per byte', f'{bits:.3f}', 'held-out text')
+        return card('bits per byte', f'{bits:.3f}', 'held-out text')
     fewer = bits < gzip
     verdict = f'{abs(1 - bits / gzip):.0%} {"below" if fewer else "above"} gzip -9 ({gzip:.3f})'
-    return _card('bits per byte', f'{bits:.3f}', verdict, good=fewer)
-
-
-def _card(name: str, value: str, note: str, good: bool = False) -> str:
-    kind = ' class="good"' if good else ''
-    small = f'<small{kind}>{escape(note)}</small>'
-    return f'<div class="card"><dt>{escape(name)}</dt><dd>{escape(value)}{small}</dd></div>'
+    return card('bits per byte', f'{bits:.3f}', verdict, 'good' if fewer else '')
 
 
 # --------------------------------------------------------------------------------------------------- sections
@@ -107,9 +116,10 @@ def _charts(metrics: Records, summary: Mapping[str, Any]) -> str:
     gzip = [('gzip -9', summary['gzip_bits_per_byte'])] if 'gzip_bits_per_byte' in summary else []
     heldout = Series(name='held-out', points=_points(metrics, 'heldout_loss'), look='dots', color=2)
     bits = Series(name='held-out', points=_points(metrics, 'bits_per_byte'), look='dots', color=2)
+    text = 'the held-out text scored on the way' if _points(metrics, 'bits_per_byte_all') else 'held-out text'
     wide = [
-        chart('Loss', 'nats per token', [*_line('train', _points(metrics, 'loss'), 1), heldout]),
-        chart('Bits per byte', 'held-out text', [bits], gzip),
+        chart('Loss', _unit(metrics), [*_line('train', _points(metrics, 'loss'), 1), heldout]),
+        chart('Bits per byte', text, [bits], gzip),
     ]
     narrow = [
         chart(title, unit, _line(title.lower(), _points(metrics, name), color))
@@ -121,7 +131,33 @@ def _charts(metrics: Records, summary: Mapping[str, Any]) -> str:
         )
     ]
     narrow = [figure.replace('class="chart"', 'class="chart third"', 1) for figure in narrow]
-    return _section('Training', f'<div class="charts">{"".join([*wide, *narrow])}</div>')
+    return section('Training', f'<div class="charts">{"".join([*wide, *narrow])}</div>')
+
+
+# What has a chart, a table or a section of its own, or needs none.
+_SHOWN = {'step', 'loss', 'learning_rate', 'grad_norm', 'tokens', 'tokens_per_second', 'mfu', 'nll', 'skipped'}
+_SHOWN |= {'loss', 'nll', 'bits_per_byte', 'bits_per_byte_all', 'perplexity', 'balance', 'routing_alarm'}
+
+
+def _further(metrics: Records) -> str:
+    """A chart of each further metric: rewards, divergences, accuracies, whatever the objective and its data tell."""
+    names = dict.fromkeys(
+        name.removeprefix('heldout_')
+        for record in metrics
+        for name, value in record.items()
+        if isinstance(value, (int, float)) and not name.startswith('expert_')
+    )
+    figures = []
+    for name in names:
+        trained, heldout = _points(metrics, name), _points(metrics, f'heldout_{name}')
+        if name in _SHOWN or len(trained) + len(heldout) < 2:
+            continue
+        title = ' '.join('KL' if word == 'kl' else word for word in name.split('_'))
+        series = _line('train', trained, 1) if trained else []
+        series += [Series(name='held-out', points=heldout, look='dots', color=2)] if heldout else []
+        figures.append(chart(title[0].upper() + title[1:], '', series))
+    thirds = [figure.replace('class="chart"', 'class="chart third"', 1) for figure in figures]
+    return section('What else was measured', f'<div class="charts">{"".join(thirds)}</div>') if thirds else ''
 
 
 def _line(name: str, points: Sequence[tuple[float, float]], color: int) -> list[Series]:
@@ -134,6 +170,23 @@ def _line(name: str, points: Sequence[tuple[float, float]], color: int) -> list[
     ]
 
 
+def _experts(metrics: Records, config: Mapping[str, Any]) -> str:
+    """The load of every expert at the end of the run, and how many of them the worst layer used on the way."""
+    loads = [record['expert_load'] for record in metrics if math.isfinite(record.get('experts_used', math.nan))]
+    if not loads:
+        return ''
+    count = len(loads[-1][0])
+    moe = config['model']['moe'] if config else {'first_dense': 0, 'every': 1}
+    names = [f'layer {moe["first_dense"] + (i + 1) * moe["every"] - 1}' for i in range(len(loads[-1]))]
+    shares = [[count * share for share in load] for load in loads[-1]]
+    used = Series(name='used', points=_points(metrics, 'experts_used'), color=2)
+    figures = [
+        heat_map('Load per expert', 'last step; 1 is an even share, 3 or more full colour', shares, names, 3.0),
+        chart('Experts in use', 'effective number, worst layer', [used], [('all', count), ('alarm', count / 2)]),
+    ]
+    return section('Experts', f'<div class="charts">{"".join(figures)}</div>')
+
+
 def _samples(samples: Records) -> str:
     """The latest samples first: the prompt in colour, then what the model wrote."""
     if not samples:
@@ -142,7 +195,7 @@ def _samples(samples: Records) -> str:
     latest = [sample for sample in samples if sample['step'] == samples[0]['step']]
     earlier = samples[len(latest) :]
     fold = f'<details><summary>Earlier samples ({len(earlier)})</summary>{_written(earlier)}</details>'
-    return _section('Samples', _written(latest) + (fold if earlier else ''))
+    return section('Samples', _written(latest) + (fold if earlier else ''))
 
 
 def _written(samples: Records) -> str:
@@ -178,20 +231,26 @@ def _time(starts: Records) -> str:
         f'Goodput {summary.goodput:.1%}: the share of wall time that went into steps which count. '
         f'Starts: {summary.starts:,}; steps done twice: {summary.lost_steps:,}.'
     )
-    body = f'<div class="bar" aria-hidden="true">{bar}</div>' + _table(['phase', 'seconds', 'share'], rows)
-    return _section('Time', f'<div class="panel">{body}<p class="note">{note}</p></div>')
+    body = f'<div class="bar" aria-hidden="true">{bar}</div>' + table(['phase', 'seconds', 'share'], rows)
+    return section('Time', f'<div class="panel">{body}<p class="note">{note}</p></div>')
 
 
 def _evaluations(metrics: Records) -> str:
     """The evaluations as numbers: what the chart says, for those who cannot see it or want to copy it."""
-    names = ('heldout_loss', 'bits_per_byte')
+    columns = {
+        'heldout_loss': 'held-out loss',
+        'bits_per_byte': 'bits per byte',
+        'heldout_loss_all': 'held-out loss, all documents',
+        'bits_per_byte_all': 'bits per byte, all documents',
+    }
+    names = [name for name in columns if _points(metrics, name)]
     rows = [
         [f'{record["step"]:,}', *(f'{record[name]:.4f}' if name in record else '' for name in names)]
         for record in metrics
         if any(name in record for name in names)
     ]
-    table = _table(['step', 'held-out loss', 'bits per byte'], rows)
-    fold = f'<details><summary>Evaluations as numbers ({len(rows)})</summary>{table}</details>'
+    numbers = table(['step', *(columns[name] for name in names)], rows)
+    fold = f'<details><summary>Evaluations as numbers ({len(rows)})</summary>{numbers}</details>'
     return f'<div class="panel" style="margin-top:16px">{fold}</div>' if rows else ''
 
 
@@ -202,22 +261,9 @@ def _config(config: Mapping[str, Any]) -> str:
         f'<tr><td>{escape(path)}</td><td>{escape(json.dumps(value, ensure_ascii=False))}</td></tr>'
         for path, value in leaves.items()
     )
-    table = (
+    fields = (
         '<input type="search" data-filters="config" placeholder="filter" aria-label="filter the config">'
         f'<div class="scroll"><table class="config"><tbody id="config">{rows}</tbody></table></div>'
     )
-    fold = f'<details><summary>All fields ({len(leaves)})</summary>{table}</details>'
-    return _section('Config', f'<div class="panel">{fold}</div>') if leaves else ''
-
-
-def _section(title: str, body: str) -> str:
-    return f'<section><h2>{escape(title)}</h2>\n{body}</section>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML; all columns after the first hold numbers."""
-    kinds = ['', *[' class="number"'] * (len(head) - 1)]
-    top = ''.join(f'<th scope="col"{kind}>{name}</th>' for kind, name in zip(kinds, head, strict=True))
-    lines = [''.join(f'<td{kind}>{cell}</td>' for kind, cell in zip(kinds, row, strict=True)) for row in rows]
-    body = ''.join(f'<tr>{line}</tr>' for line in lines)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    fold = f'<details><summary>All fields ({len(leaves)})</summary>{fields}</details>'
+    return section('Config', f'<div class="panel">{fold}</div>') if leaves else ''

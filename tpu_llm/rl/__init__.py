@@ -1,0 +1,1 @@
+"""Reinforcement learning: the policy writes, rewards judge, advantages weigh, and `train.loop` steps."""
