@@ -9,6 +9,10 @@ import statistics
 import tempfile
 import time
 
+from tpu_llm.parallel import heap
+
+heap.keep()  # before NumPy starts threads
+
 import model as benchmark_model
 import numpy as np
 from train_step import Ours

@@ -9,7 +9,7 @@ from tpu_llm.data.loader import Data
 from tpu_llm.data.mixture import Mixture
 from tpu_llm.data.sources import Stdlib
 from tpu_llm.data.tokenizer import Bytes
-from tpu_llm.models.decoder import DecoderConfig
+from tpu_llm.models.decoder_config import DecoderConfig
 from tpu_llm.optim.optimizer import AdamW
 from tpu_llm.optim.schedule import Schedule
 from tpu_llm.train.run import Run

@@ -3,7 +3,7 @@
     JAX_PLATFORMS=cpu python benchmarks/train_step.py
 
 4 layers, width 256, 4 heads, SwiGLU 1024, vocabulary 8192, T 256, B 8, float32, AdamW with clipping. The
-contestants take turns, five rounds; medians are compared.
+contestants take turns, five rounds; medians are compared. All of them have the heap that `launch/run.py` sets up.
 """
 
 import dataclasses
@@ -11,6 +11,10 @@ import importlib.util
 import json
 import statistics
 import time
+
+from tpu_llm.parallel import heap
+
+heap.keep()  # before NumPy starts threads
 
 import jax
 import jax.numpy as jnp

@@ -6,6 +6,10 @@
     python launch/run.py --config=configs/pretrain.py:smoke    # seconds on a laptop
 
 Without `data` it reads the standard library's sources, which is enough to see it run and too little to learn from.
+`heldout=…/*.jsonl` is text to score the model on, `tokenizer=…/some.model` a SentencePiece model; without it one of
+`vocab` pieces (32,768) is trained; for that many the text must be 0.25 MB or so, with less give `vocab=4096`. The
+length is given in tokens; for steps, switch that off: `--config.tokens=0 --config.steps=20000`. `smoke` is 20 steps of
+a tiny model with a tiny vocabulary; what else the arg says (`size`, `vocab`, `data` …) is done as said.
 """
 
 from configs.meshes import mesh
@@ -23,20 +27,24 @@ from tpu_llm.optim.optimizer import AdamW
 from tpu_llm.optim.schedule import Schedule
 from tpu_llm.train.run import Run
 
+ARGS = {'size': '125m', 'mesh': 'auto', 'data': '', 'heldout': '', 'tokenizer': '', 'vocab': 32768, 'smoke': False}
+
 
 def get_config(arg: str | None = None) -> Run:
-    args = parse_arg(arg, size='125m', mesh='auto', data='', heldout='', tokenizer='', vocab=32768, smoke=False)
+    args = parse_arg(arg, **ARGS)
+    if args.smoke:  # smaller, unless the arg says how large
+        args = parse_arg(arg, **ARGS | {'size': 'smoke', 'vocab': args.vocab if args.tokenizer else 1024})
 
     # Model: float32 parameters, bfloat16 compute.
-    model, size = decoder(args.size, vocab_size=args.vocab, dtype='bfloat16')
+    model, size = decoder(args.size, vocab_size=args.vocab, dtype='float32' if args.smoke else 'bfloat16')
 
     # Data: JSON lines with a `text` field. A given SentencePiece model is used as it is; else one is trained.
     source = Jsonl(paths=(args.data,)) if args.data else Stdlib(split='train')
     data = Data(
         mixture=Mixture(sources={'text': source}),
         tokenizer=Pretrained(path=args.tokenizer) if args.tokenizer else TrainedBPE(vocab_size=args.vocab),
-        seq_len=2048,
-        global_batch=size.batch_tokens // 2048,
+        seq_len=size.seq_len,
+        global_batch=size.batch_tokens // size.seq_len,
         workers=2,
     )
 
@@ -58,11 +66,8 @@ def get_config(arg: str | None = None) -> Run:
     )
 
     if args.smoke:
-        model.width, model.layers, model.heads, model.kv_heads = 64, 2, 2, 1
-        model.head_dim, model.mlp_width = 32, 128
-        model.vocab_size, model.dtype, data.tokenizer = 1024, 'float32', TrainedBPE(vocab_size=1024)
-        data.seq_len, data.global_batch, data.workers = 128, 8, 0
-        run.tokens = 20 * 128 * 8
+        data.workers = 0
+        run.tokens = 20 * size.batch_tokens
         run.optimizer.schedule.warmup = 5
-        run.hooks = (HeldOut(source=Stdlib(split='heldout')),)
+        run.hooks = scores
     return run

@@ -5,6 +5,7 @@
     python launch/run.py --config=configs/quickstart.py:muon     # with Muon instead of AdamW: slower steps, lower loss
 
 It ends with held-out bits per byte well below what `gzip -9` needs for the same text, three continuations and a report.
+On the way it scores the first 8 held-out documents only, at the end these and then all of them.
 """
 
 from tpu_llm.checkpoint.retention import Checkpoints
@@ -15,7 +16,7 @@ from tpu_llm.data.sources import Stdlib
 from tpu_llm.data.tokenizer import TrainedBPE
 from tpu_llm.evals.perplexity import HeldOut
 from tpu_llm.infer.hook import Samples
-from tpu_llm.models.decoder import DecoderConfig
+from tpu_llm.models.decoder_config import DecoderConfig
 from tpu_llm.objectives.next_token import NextToken
 from tpu_llm.optim.optimizer import AdamW, Muon
 from tpu_llm.optim.schedule import Schedule

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from tpu_llm.config import choose
-from tpu_llm.models.decoder import DecoderConfig
+from tpu_llm.models.decoder_config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,11 +18,13 @@ class Size:
     mlp_width: int
     batch_tokens: int
     learning_rate: float
+    seq_len: int = 2048
     remat: str = 'none'  # what a chip of 16 GiB needs
     rope_theta: float = 10_000.0
 
 
 # 125m and 350m: GPT-3's depths and widths. 3b: Llama 3.2. 8b and 70b: Llama 3. Learning rates: the same papers.
+# smoke: seconds on a laptop.
 SIZES = {
     '125m': Size(width=768, layers=12, heads=12, kv_heads=12, mlp_width=2048, batch_tokens=2**19, learning_rate=6e-4),
     '350m': Size(width=1024, layers=24, heads=16, kv_heads=16, mlp_width=2816, batch_tokens=2**19, learning_rate=3e-4),
@@ -67,6 +69,16 @@ SIZES = {
         learning_rate=1.5e-4,
         remat='full',
         rope_theta=500_000.0,
+    ),
+    'smoke': Size(
+        width=64,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        mlp_width=128,
+        batch_tokens=8 * 128,
+        learning_rate=6e-4,
+        seq_len=128,
     ),
 }
 

@@ -130,8 +130,10 @@ def test_choose():
 # ------------------------------------------------------------------------------------------------- validation
 
 
-def test_defaults_are_valid():
-    validate(Run())
+def test_defaults_are_valid_and_stay_as_they_are():
+    run = Run()
+    validate(run)
+    assert run == Run()
 
 
 @pytest.mark.parametrize(
@@ -168,8 +170,10 @@ def test_a_wrong_field_is_named(change, message):
     'change',
     [{'rate': 1}, {'window': 3}, {'betas': [0.9, 1]}, {'lora': Model()}, {'by_name': {'a': Source()}}],
 )
-def test_a_right_field_is_accepted(change):
-    validate(Run(**change))
+def test_a_right_field_is_accepted_as_it_is(change):
+    run = Run(**change)
+    validate(run)
+    assert run == Run(**change)
 
 
 def test_one_is_not_true():

@@ -27,6 +27,7 @@ BESIDE = {
     ('objectives', 'peft'),
     ('peft', 'quant'),
     ('checkpoint', 'quant'),
+    ('checkpoint', 'peft'),
     ('rl', 'evals'),
     ('scaling', 'plan'),
     ('experiments', 'configs'),  # an experiment is a base config and what it changes

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpu_llm.arrays import Array, Batch
-from tpu_llm.models.decoder import DecoderConfig
+from tpu_llm.models.decoder_config import DecoderConfig
 from tpu_llm.models.graph import ModelGraph
 from tpu_llm.nn.position import from_segments
-from tpu_llm.optim.optimizer import ParamInfo
+from tpu_llm.optim.params import ParamInfo
 from tpu_llm.parallel.mesh import Mesh
 from tpu_llm.parallel.rules import PRESETS
 from tpu_llm.parallel.sharding import Layout
@@ -31,8 +31,8 @@ def config(**changes: Any) -> DecoderConfig:
     return DecoderConfig(**(fields | changes))
 
 
-def graph(model: DecoderConfig, vocab_multiple: int = 8) -> ModelGraph:
-    return ModelGraph(model.make(vocab_multiple=vocab_multiple))
+def graph(model: DecoderConfig, vocab_multiple: int = 8, **stages: Any) -> ModelGraph:
+    return ModelGraph(model.make(vocab_multiple=vocab_multiple, **stages))
 
 
 def weights(graph: ModelGraph, seed: int = 0) -> dict[str, Array]:
@@ -42,7 +42,7 @@ def weights(graph: ModelGraph, seed: int = 0) -> dict[str, Array]:
     def draw(name: str, leaf: Any) -> Array:
         noise = random.standard_normal(leaf.shape)
         if name.endswith('.scale'):
-            return jnp.asarray(1 + 0.3 * noise, jnp.float32)
+            return jnp.asarray(leaf.get_metadata('init').value + 0.3 * noise, jnp.float32)
         if name.endswith('.bias'):
             return jnp.asarray(0.3 * noise, jnp.float32)
         dims, summed = leaf.get_metadata('dims'), leaf.get_metadata('summed')
@@ -55,7 +55,10 @@ def weights(graph: ModelGraph, seed: int = 0) -> dict[str, Array]:
 def infos(graph: ModelGraph) -> dict[str, ParamInfo]:
     """What the optimizer is told of a model's parameters."""
     metas = {name: leaf.get_metadata() for name, leaf in graph.leaves.items()}
-    return {name: ParamInfo(dims=meta['dims'], summed=meta['summed']) for name, meta in metas.items()}
+    return {
+        name: ParamInfo(meta['dims'], meta['summed'], padding=meta['padding'], nudge=meta['nudge'])
+        for name, meta in metas.items()
+    }
 
 
 def batch(segments: Any, vocab_size: int = 19, seed: int = 0) -> Batch:

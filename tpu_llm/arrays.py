@@ -29,3 +29,76 @@ class Batch:
     weights: Float[AnyArray, 'B T']  # what each position counts for in the loss
     segments: Int[AnyArray, 'B T']  # 0 is padding; equal ids see each other
     positions: Int[AnyArray, 'B T']
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedBatch(Batch):
+    """Rows of which some tokens are hidden: position t predicts `targets[t]` from all of its segment."""
+
+    token_types: Int[AnyArray, 'B T']  # 1 in the second of two texts
+    unrelated: Int[AnyArray, ' B']  # 1 where the second text is of another document, 0 where it follows the first
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TaskBatch(Batch):
+    """Rows of one document each, of several tasks."""
+
+    tasks: Int[AnyArray, ' B']  # from 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PrefixBatch(Batch):
+    """Rows in which every token sees the given beginning of its segment whole."""
+
+    prefix: Bool[AnyArray, 'B T']  # what is given
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SourceBatch(Batch):
+    """What an encoder reads, and, in the fields of a batch, what a decoder writes of each segment of it."""
+
+    source: Int[AnyArray, 'B S']
+    source_segments: Int[AnyArray, 'B S']
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredBatch(Batch):
+    """Rows of whole examples, each of one text or of several that are compared; every text is a segment of its own."""
+
+    values: Float[AnyArray, 'B T']  # of its text: label (1 or -1), score or margin; of process rewards see `marks`
+    marks: Float[
+        AnyArray, 'B T'
+    ]  # 1 where a value counts: at a text's last pair, of process rewards at each step's last
+    examples: Int[AnyArray, 'B T']  # which example of its row a position belongs to, from 1; 0 is padding
+    reference: Float[AnyArray, 'B T']  # log p of each target under the reference, where it was computed before; else 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutBatch(Batch):
+    """Responses that a policy wrote, a row each behind its prompt; weight 1 where the target is the response's.
+
+    All fields are of targets, and mean something where the weight is 1. Log-probs are at the policy's temperature.
+    """
+
+    advantages: Float[AnyArray, 'B T']
+    sampled: Float[AnyArray, 'B T']  # log p as the sampler drew them
+    old: Float[AnyArray, 'B T']  # log p of the same weights by the trainer's numerics
+    reference: Float[AnyArray, 'B T']  # log p of the reference policy; where there is none, as `old`
+    values: Float[AnyArray, 'B T']  # what the critic expected; 0 without one
+    returns: Float[AnyArray, 'B T']  # what the critic is to expect
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TaughtBatch(Batch):
+    """Rows with what a teacher held likely at each position of weight above 0, as it was stored."""
+
+    likely: Int[AnyArray, 'B T X']  # its likeliest tokens
+    likely_log_probs: Float[AnyArray, 'B T X']
+    rest: Float[AnyArray, 'B T']  # log of the probability of all others together

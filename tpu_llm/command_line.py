@@ -4,13 +4,16 @@ ml_collections' config_flags sets the fields. It answers a mistake with a raw Ke
 up first, and whatever is wrong becomes a ConfigError of one line with the nearest name.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
 import re
 import sys
+import traceback
 import types
 import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,18 @@ from ml_collections.config_flags import config_path
 
 from tpu_llm.config import ConfigError, is_config, nearest, validate
 
+# Of launch/run.py.
+FLAGS = ('--config', '--workdir', '--debug', '--help')
 
-def load(spec: str, overrides: list[str]) -> Any:
+
+def load(spec: str, overrides: list[str], others: Sequence[str] = FLAGS) -> Any:
     """The validated config of `FILE.py` or `FILE.py:arg`, after overrides such as `--config.model.width=512`.
 
-    Raises ConfigError on anything that the user may have written wrongly.
+    `others` are the flags that the command has besides. Raises ConfigError on anything that the user may have written
+    wrongly.
     """
     file, _, arg = spec.partition(':')
-    config = override(_get_config(_import(find(file)), file, arg), overrides)
+    config = override(_get_config(_import(find(file)), file, arg), overrides, others)
     validate(config)
     return config
 
@@ -52,11 +59,38 @@ def _import(path: Path) -> Any:
     if spec is None or spec.loader is None:
         raise ConfigError(f'config file {path} is not a Python file (.py)')
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
+    with _mistakes_in(module):
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ConfigError(f'{error.filename}:{error.lineno}: {error.msg}') from None
     return module
+
+
+@contextlib.contextmanager
+def _mistakes_in(page: types.ModuleType) -> Iterator[None]:
+    """What a config file itself does wrong, as a ConfigError that names the line."""
+    try:
+        yield
+    except SyntaxError as error:
+        raise ConfigError(f'{error.filename}:{error.lineno}: {error.msg}') from error
+    except Exception as error:
+        raised = traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, ConfigError) or raised.filename != page.__file__:
+            raise
+        what = f'{type(error).__name__}: {error}{_meant(error, page)}'
+        raise ConfigError(f'{raised.filename}:{raised.lineno}: {what}') from error
+
+
+# What Python says of `Model(widht=64)` and of `model.widht = 64`.
+_NO_FIELD = re.compile(
+    r"(?:(\w+)\.__init__\(\) got an unexpected keyword argument|'(\w+)' object has no attribute) '(\w+)'"
+)
+
+
+def _meant(error: Exception, page: types.ModuleType) -> str:
+    """The field nearest to one that a config does not have."""
+    if not (match := _NO_FIELD.fullmatch(str(error))):
+        return ''
+    kind, name = getattr(page, match[1] or match[2], None), match[3]
+    return nearest(name, [field.name for field in dataclasses.fields(kind)]) if dataclasses.is_dataclass(kind) else ''
 
 
 def _get_config(module: Any, file: str, arg: str) -> Any:
@@ -69,7 +103,8 @@ def _get_config(module: Any, file: str, arg: str) -> Any:
         signature.bind(*args)
     except TypeError as error:
         raise ConfigError(f'{file}: get_config{signature}: {error}; write get_config(arg=None)') from None
-    config = get_config(*args)
+    with _mistakes_in(module):
+        config = get_config(*args)
     if not is_config(config):
         raise ConfigError(f'{file}: get_config returned {config!r}, not a config (a dataclass)')
     return config
@@ -78,12 +113,17 @@ def _get_config(module: Any, file: str, arg: str) -> Any:
 # -------------------------------------------------------------------------------------------------- overrides
 
 
-def override(config: Any, args: list[str]) -> Any:
+# What int() and float() say of text that is no number.
+_NO_NUMBER = {r'invalid literal for int\(\).*': 'expects a whole number'}
+_NO_NUMBER |= {r'could not convert string to float.*': 'expects a number'}
+
+
+def override(config: Any, args: list[str], others: Sequence[str] = FLAGS) -> Any:
     """A copy of the config with each `--config.path=value`, `--config.flag` and `--noconfig.flag` applied."""
     for arg in args:
         match = re.fullmatch(r'--?(no)?config\.([^=]+)(?:=(.*))?', arg, re.DOTALL)
         if match is None:
-            raise ConfigError(_unknown(arg))
+            raise ConfigError(unknown(arg, config, others))
         _check(config, match[2], match[3])
     values = flags.FlagValues()
     argv = ['run', *args]
@@ -91,15 +131,21 @@ def override(config: Any, args: list[str]) -> Any:
         config_flags.DEFINE_config_dataclass('config', config, flag_values=values, sys_argv=argv)
         values(argv)
     except (flags.Error, TypeError, ValueError, LookupError) as error:
-        raise ConfigError(f'{error}'.removeprefix('flag ')) from None
+        message = str(error).removeprefix('flag ')
+        for theirs, ours in _NO_NUMBER.items():
+            message = re.sub(theirs, ours, message)
+        raise ConfigError(message) from None
     return values['config'].value
 
 
-def _unknown(arg: str) -> str:
+def unknown(arg: str, config: Any = None, others: Sequence[str] = FLAGS) -> str:
+    """What to say of an argument that is no flag: the nearest one, or the field that was meant."""
     if not arg.startswith('-'):
         return f'unexpected argument {arg!r}; a value is joined to its flag by =, as in --config.steps=100'
     name = arg.partition('=')[0]
-    return f'unknown flag {name}{nearest(name, ("--config", "--workdir", "--debug", "--help"))}'
+    fields = [f'--config.{field.name}' for field in dataclasses.fields(config)] if config else []
+    meant = f'--config.{name.lstrip("-")}'
+    return f'unknown flag {name}{nearest(meant if meant in fields else name, [*others, *fields])}'
 
 
 def _check(config: Any, path: str, text: str | None) -> None:
@@ -110,17 +156,21 @@ def _check(config: Any, path: str, text: str | None) -> None:
     except ValueError:
         raise ConfigError(f'--config.{path} is not the path of a field') from None
     for part in parts:
-        above, node = node, _step(node, part, where, path)
+        if node is None:
+            mend = f'the config arg chooses what there is, or the config file{_in_the_file(above, where)}'
+            raise ConfigError(f'{where} is absent, so --config.{path} has nothing to set; {mend}')
+        above, node = node, _step(node, part, where)
         where += f'.{part}' if isinstance(part, str) else f'[{part!r}]'
     if is_config(node):
         names = ', '.join(field.name for field in dataclasses.fields(node))
         raise ConfigError(f'{where} is a group of fields, not a value; set one of {names}')
-    if text is not None and text.lower() == 'none':
+    if text is not None and text.lower() == 'none' and not isinstance(node, str):  # remat has a value 'none'
         raise ConfigError(f'{where} cannot be None by flag; what may be absent is chosen by the config arg')
     if isinstance(above, tuple):
         raise ConfigError(f'{where} is one item of a tuple; set them all, as in --config.betas=(0.9,0.99)')
     if is_config(above) and not _settable(typing.get_type_hints(type(above))[parts[-1]]):
-        raise ConfigError(f'{where} is of a kind that no flag can set; set it in the config file')
+        mend = f'set it in the config file{_in_the_file(above, where)}'
+        raise ConfigError(f'{where} is of a kind that no flag can set; {mend}')
 
 
 def _settable(hint: Any) -> bool:
@@ -134,11 +184,22 @@ def _settable(hint: Any) -> bool:
     return (typing.get_origin(hint) or hint) in (bool, int, float, str, tuple)
 
 
-def _step(node: Any, part: Any, where: str, path: str) -> Any:
-    if node is None:
-        raise ConfigError(
-            f'{where} is absent, so --config.{path} has nothing to set; the config arg chooses what there is'
-        )
+def _in_the_file(above: Any, where: str) -> str:
+    """How a config file would set the field of `above` at that place, if such a field is a config of its own."""
+    hint = typing.get_type_hints(type(above))[where.rpartition('.')[2]] if is_config(above) else None
+    kinds = [
+        kind for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    ]
+    if not kinds:
+        return ''
+    kind = kinds[0]
+    fields, none = dataclasses.fields(kind), dataclasses.MISSING
+    needed = [field for field in fields if field.default is none and field.default_factory is none] or fields[:1]
+    values = ', '.join(f'{field.name}=…' for field in needed)
+    return f': run{where.removeprefix("config")} = {kind.__name__}({values}), of {kind.__module__}'
+
+
+def _step(node: Any, part: Any, where: str) -> Any:
     if is_config(node):
         names = [field.name for field in dataclasses.fields(node)]
         if part not in names:

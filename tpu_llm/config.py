@@ -102,9 +102,18 @@ def _parse_value(name: str, text: str, default: Any) -> Any:
         raise ConfigError(f'config arg {name}={text!r} is not of type {kind.__name__}') from None
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the choice closest to `name`, or an empty string."""
-    close = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.5)
+# What others call the axes of our mesh.
+_ALIASES = {'model': 'tensor', 'tp': 'tensor', 'dp': 'data', 'ep': 'expert', 'sp': 'seq', 'cp': 'seq', 'context': 'seq'}
+_ALIASES |= {'pp': 'stage', 'pipe': 'stage', 'pipeline': 'stage'}
+
+
+def nearest(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str:
+    """` (did you mean 'x'?)` for the choice closest to `name`, or an empty string where none is as near as `cutoff`,
+    the share of letters that two names have in common.
+    """
+    choices = list(choices)
+    meant = [_ALIASES[name]] if _ALIASES.get(name) in choices else []
+    close = meant or difflib.get_close_matches(str(name), choices, n=1, cutoff=cutoff)
     return f' (did you mean {close[0]!r}?)' if close else ''
 
 

@@ -2,12 +2,13 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
-from configs import evaluate, pretrain, quickstart
+from configs import evaluate, moe, pretrain, quickstart
 from configs.meshes import MESHES
 from configs.sizes import SIZES, decoder
 from tpu_llm.config import ConfigError, validate
@@ -34,10 +35,28 @@ def test_sizes_are_what_their_names_say(size, millions):
     assert count_parameters(model.make()) / 1e6 == pytest.approx(millions, rel=0.02)
 
 
-def test_quickstart_and_smoke_forms_validate():
-    for page in (quickstart, pretrain):
-        for arg in (None, 'smoke'):
-            validate(page.get_config(arg))
+@pytest.mark.parametrize('page', [quickstart, pretrain, moe])
+def test_a_page_and_its_smoke_form_validate(page):
+    """The smoke form is the same run, smaller in every way that costs time."""
+    run, smoke = page.get_config(), page.get_config('smoke')
+    for each in (run, smoke):
+        validate(each)
+    assert type(smoke) is type(run)
+    assert count_parameters(smoke.model.make()) < count_parameters(run.model.make())
+    assert max(smoke.steps, smoke.tokens) < max(run.steps, run.tokens)
+
+
+def test_smoke_shrinks_only_what_the_arg_leaves_open():
+    smoke = pretrain.get_config('smoke')
+    assert (smoke.model.vocab_size, smoke.data.tokenizer.vocab_size, smoke.model.width) == (1024, 1024, 64)
+    assert (smoke.data.global_batch, smoke.data.seq_len, smoke.tokens) == (8, 128, 20 * 8 * 128)
+    run = pretrain.get_config('smoke,vocab=512,size=125m,data=a.jsonl,heldout=b.jsonl')
+    assert (run.model.vocab_size, run.data.tokenizer.vocab_size, run.model.width) == (512, 512, 768)
+    assert run.hooks[0].source.paths == ('b.jsonl',)
+    run = pretrain.get_config('smoke,tokenizer=c.model')
+    assert (run.data.tokenizer.path, run.model.vocab_size) == ('c.model', 32768)
+    for each in (smoke, run):
+        validate(each)
 
 
 def test_unknown_names_list_those_there_are():
@@ -57,8 +76,10 @@ def run(config, workdir):
 
 
 @pytest.mark.full
-def test_pretrain_smoke_then_evaluate(tmp_path):
-    run('configs/pretrain.py:smoke', tmp_path)
+@pytest.mark.parametrize(('page', 'seq'), [('pretrain', 128), ('moe', 256)])
+def test_a_smoke_run_then_evaluate(page, seq, tmp_path):
+    run(f'configs/{page}.py:smoke', tmp_path)
     bits = json.loads((tmp_path / 'summary.json').read_text())['bits_per_byte']
-    out = run(f'configs/evaluate.py:seq=128,path={tmp_path}', tmp_path / 'unused')
-    assert f'{bits:.3f}' in out
+    out = run(f'configs/evaluate.py:seq={seq},path={tmp_path}', tmp_path / 'unused')
+    shown = re.search(r'bits per byte\s+([\d.]+)', out)
+    assert float(shown[1]) == pytest.approx(bits, abs=1e-3)

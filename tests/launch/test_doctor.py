@@ -140,7 +140,7 @@ def test_an_accelerator_that_jax_does_not_use_is_told(doctor, monkeypatch, tmp_p
     monkeypatch.delenv('JAX_PLATFORMS', raising=False)
     (finding,) = doctor.unused('cpu', [str(chip)])
     assert finding.mark == '!'
-    assert finding.mend == "pip install 'tpu_llm[tpu]'"
+    assert finding.mend == "pip install -e '.[tpu]'"
     monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
     (finding,) = doctor.unused('cpu', [str(chip)])
     assert finding.mend == "unset JAX_PLATFORMS (it is 'cpu')"

@@ -3,14 +3,11 @@
 import ast
 import os
 import re
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from entry import ROOT, one_line
 
 CONFIG = '''"""A run that writes down what it was given."""
 
@@ -85,20 +82,11 @@ def launch(folder, *args):
     )
 
 
-def one_line(stderr):
-    """The message of a run that ended as a user's mistake does."""
-    lines = stderr.splitlines()
-    assert len(lines) == 1, stderr
-    assert lines[0].startswith('error: ')
-    return lines[0].removeprefix('error: ')
-
-
 @pytest.fixture
-def main(folder, monkeypatch):
-    """The entry's main in this process, called from the folder."""
-    monkeypatch.setattr(sys, 'path', sys.path.copy())
+def said(folder, mistake, monkeypatch):
+    """The one line that the entry says of a mistake, called in this process from the folder."""
     monkeypatch.chdir(folder)
-    return runpy.run_path(str(ROOT / 'launch/run.py'))['main']
+    return mistake
 
 
 # ------------------------------------------------------------------------------------------------- a good run
@@ -173,7 +161,11 @@ def test_help_with_a_config_shows_its_fields_as_flags(folder):
         ([], 'no config given: --config=FILE.py'),
         (['--config=nowhere.py'], 'config file nowhere.py does not exist'),
         (['--config=configs/quickstrat.py'], "does not exist (did you mean 'configs/quickstart.py'?)"),
-        (['--cofnig=plain.py'], 'no config given'),
+        (['--cofnig=plain.py'], "unknown flag --cofnig (did you mean '--config'?)"),
+        (['--config.rate=3'], 'no config given'),
+        (['--config=plain.py', '--rate=3'], "unknown flag --rate (did you mean '--config.rate'?)"),
+        (['--config=plain.py', '--config.rate=fast'], '--config.rate=fast: expects a number'),
+        (['--config=plain.py', '--workdir=plain.py'], 'the workdir plain.py is a file; give a folder'),
         (['--config=plain.py', '--wrokdir=x'], "unknown flag --wrokdir (did you mean '--workdir'?)"),
         (
             ['--config=plain.py', '--config.rate', '3'],
@@ -196,7 +188,8 @@ def test_help_with_a_config_shows_its_fields_as_flags(folder):
         (['--config=plain.py', '--config.sources[=c'], '--config.sources[ is not the path of a field'),
         (
             ['--config=plain.py', '--config.lora.width=3'],
-            'config.lora is absent, so --config.lora.width has nothing',
+            'config.lora is absent, so --config.lora.width has nothing to set; the config arg chooses what there '
+            'is, or the config file: run.lora = Model(width=…), of plain',
         ),
         (
             ['--config=plain.py', '--config.model=3'],
@@ -206,7 +199,7 @@ def test_help_with_a_config_shows_its_fields_as_flags(folder):
         (['--config=plain.py', '--config.name=none'], 'config.name cannot be None by flag'),
         (
             ['--config=plain.py', '--config.model.width=wide'],
-            '--config.model.width=wide: invalid literal for int()',
+            '--config.model.width=wide: expects a whole number',
         ),
         (
             ['--config=plain.py', '--config.model.norm=batch'],
@@ -219,6 +212,10 @@ def test_help_with_a_config_shows_its_fields_as_flags(folder):
         (['--config=plain.py', '--config.betas[0]=1'], 'config.betas[0] is one item of a tuple; set them all'),
         (['--config=plain.py', '--config.named.wbe.path=c'], "and has no 'wbe'"),
         (['--config=plain.py', '--config.make=max'], 'config.make is of a kind that no flag can set'),
+        (
+            ['--config=plain.py', '--config.lora=0.1'],
+            'no flag can set; set it in the config file: run.lora = Model(width=…), of plain',
+        ),
         (['--config=plain.py', '--config.either=1'], 'config.either is of a kind that no flag can set'),
         (['--config=plain.py', '--config.level=2'], 'config.level is of a kind that no flag can set'),
         (['--config=plain.py', '--config.packed=maybe'], '--config.packed=maybe'),
@@ -226,9 +223,8 @@ def test_help_with_a_config_shows_its_fields_as_flags(folder):
         (['--config=plain.py', '--debug=maybe'], '--debug=maybe'),
     ],
 )
-def test_a_mistake_is_one_line(folder, main, capsys, args, message):
-    assert main(['run.py', *args]) == 2
-    assert message in one_line(capsys.readouterr().err)
+def test_a_mistake_is_one_line(said, args, message):
+    assert message in said(*args)
 
 
 @pytest.mark.parametrize(
@@ -243,10 +239,9 @@ def test_a_mistake_is_one_line(folder, main, capsys, args, message):
         ),
     ],
 )
-def test_a_wrong_config_file_is_one_line(folder, main, capsys, text, message):
+def test_a_wrong_config_file_is_one_line(folder, said, text, message):
     (folder / 'bad.py').write_text(text)
-    assert main(['run.py', '--config=bad.py']) == 2
-    assert message in one_line(capsys.readouterr().err)
+    assert message in said('--config=bad.py')
 
 
 def test_a_mistake_ends_the_process_with_code_2_and_one_line(folder):
@@ -289,6 +284,29 @@ def test_what_goes_wrong_later_is_one_line_too(folder, code, message):
     assert message in one_line(done.stderr)
 
 
+@pytest.mark.parametrize('saved', [True, False])
+def test_ctrl_c_says_what_is_left(folder, entry, capsys, tmp_path, saved):
+    if saved:
+        (tmp_path / 'checkpoints/00000003.0001-ab').mkdir(parents=True)
+        (tmp_path / 'checkpoints/00000003.0001-ab/COMMIT.json').touch()
+    flags = ['--config.fails=raise KeyboardInterrupt', f'--workdir={tmp_path}']
+    assert entry(f'--config={folder}/plain.py', *flags) == 130
+    goes_on = 'the same command continues from the last checkpoint'
+    begins = 'nothing was saved yet: the same command begins anew'
+    assert one_line(capsys.readouterr().err) == f'interrupted; {goes_on if saved else begins}'
+
+
+def test_ctrl_c_within_a_callback_of_the_garbage_collector_is_not_lost(folder):
+    """Python prints what is raised there and goes on; jax has such a callback, and starting a run collects a lot."""
+    press = 'gc.callbacks.append(lambda *_: gc.callbacks.clear() or signal.raise_signal(signal.SIGINT))'
+    code = (
+        f'import gc, signal, time; signal.signal(2, signal.default_int_handler); {press}; gc.collect(); time.sleep(30)'
+    )
+    done = launch(folder, '--config=plain.py', f'--config.fails={code}')
+    assert done.returncode == 130
+    assert one_line(done.stderr).startswith('interrupted; ')
+
+
 @pytest.mark.parametrize('code', ['1 / 0', 'int("x")', 'raise ValueError("not ours")'])
 def test_a_bug_shows_its_traceback(folder, code):
     done = launch(folder, '--config=plain.py', f'--config.fails={code}')
@@ -312,4 +330,4 @@ def test_a_bucket_without_gcsfs_names_the_extra(folder):
         text=True,
     )
     assert done.returncode == 2
-    assert "pip install 'tpu_llm[gcs]'" in one_line(done.stderr)
+    assert "pip install -e '.[gcs]'" in one_line(done.stderr)
