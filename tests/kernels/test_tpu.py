@@ -28,11 +28,8 @@ def test_every_kernel_compiles(generation):
     script = compile_kernels.__file__
     root = pathlib.Path(script).parents[2]
     environment = os.environ | ENVIRONMENT | {'PYTHONPATH': str(root)}
-    for _ in range(2):
-        run = subprocess.run(
-            [sys.executable, script, generation], env=environment, capture_output=True, text=True, timeout=600
-        )
-        if run.returncode >= 0:  # libtpu's own threads crash once in a while; what we do wrong is wrong twice
-            break
+    run = subprocess.run(
+        [sys.executable, script, generation], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.splitlines() == [f'{name}: compiled' for name in compile_kernels.KERNELS]
