@@ -31,6 +31,7 @@ MODEL = DecoderConfig(
     vocab_size=259, width=128, layers=3, heads=4, kv_heads=4, head_dim=32, mlp_width=512, dtype='float32', unroll=0
 )
 FORM, RIGHT = Format(name='form', pattern=r'<\d+>'), ExactMatch(name='right')
+USUAL = ExactMatch(name='usual', field='usual')  # what people who forget carries say most often
 
 
 def table(name: str) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ def answers(every: int = 50) -> HeldOutAnswers:
     """The likeliest answers to the thousand sums that are held out."""
     return HeldOutAnswers(
         source=Prompts(paths=table('heldout-prompts')),
-        rewards=(FORM, RIGHT),
+        rewards=(FORM, RIGHT, USUAL),
         every=every,
         prompts=1000,
         prompt_length=8,

@@ -3,7 +3,7 @@
     python launch/run.py --config=experiments/arithmetic/config.py --workdir=runs/arithmetic-0
     python launch/run.py --config=experiments/arithmetic/config.py:seed=1 --workdir=runs/arithmetic-1
     python launch/run.py --config=experiments/arithmetic/config.py:smoke
-    python experiments/arithmetic/table.py runs/arithmetic-*        # the table and the picture of the README
+    python experiments/curves.py runs/arithmetic-* --into=…        # the table and the picture: see README.md
 
 Stages hand over by checkpoint (tpu_llm/train/stages.py): the same command continues in the one that was cut off.
 """
@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> Stages:
         'pretrain': base.pretraining(seed),
         'sft': supervised(seed),
         'lora': supervised(seed, peft=LoRA(rank=8, alpha=16.0, targets=MAPS), optimizer=adam(5e-3)),
-        'soft-prompts': supervised(seed, peft=SoftPrompts(length=8, most=16), optimizer=adam(3e-2), steps=300),
+        'soft-prompts': supervised(seed, peft=SoftPrompts(length=16, most=16), optimizer=adam(1.0), steps=300),
         'dpo': preferring(
             seed, DPO(beta=1.0), pairs('pairs'), optimizer=adam(1e-4), steps=150, hooks=(answers(), held_pairs)
         ),

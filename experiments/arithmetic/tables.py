@@ -2,7 +2,7 @@
 
     corpus.jsonl     pretraining: `12+34=46` for the most part, some as `12+34=<46>`, a few numbers alone
     talks.jsonl      a thousand conversations: `12+34=` is asked and `<46>` answered
-    prompts.jsonl    sums to answer, with the right `answer`
+    prompts.jsonl    sums to answer, with the right `answer` and the `usual` one, in which every carry is forgotten
     pairs.jsonl      a right answer and a wrong one
     labelled.jsonl   answers, right and wrong
 
@@ -71,7 +71,8 @@ def add(a: int, b: int, forget: float, rng: np.random.Generator) -> int:
 
 
 def _question(a: int, b: int) -> dict[str, Any]:
-    return {'prompt': f'{a}+{b}=', 'answer': f'<{a + b}>'}
+    without = add(a, b, 1.0, np.random.default_rng(0))  # no carry: nothing is left to chance
+    return {'prompt': f'{a}+{b}=', 'answer': f'<{a + b}>', 'usual': f'<{without}>'}
 
 
 def _talk(a: int, b: int, answer: int) -> dict[str, Any]:
