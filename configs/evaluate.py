@@ -7,6 +7,7 @@
 Without `data` it is the held-out part of the standard library's sources, as in the quickstart; that is 215 kB, which a
 model of 100M parameters reads for minutes on a laptop: `documents=4` takes the first four. `seq` is the length of the
 pieces that longer documents are cut into; the figures are printed, nothing is written. `smoke` scores one document.
+For questions, written answers and programs see configs/eval.py.
 """
 
 from tpu_llm.config import parse_arg

@@ -33,10 +33,33 @@ def load(spec: str, overrides: list[str], others: Sequence[str] = FLAGS) -> Any:
     `others` are the flags that the command has besides. Raises ConfigError on anything that the user may have written
     wrongly.
     """
-    file, _, arg = spec.partition(':')
-    config = override(_get_config(_import(find(file)), file, arg), overrides, others)
+    config = call(spec, 'get_config', 'returns the run')
+    if not is_config(config):
+        raise ConfigError(f'{spec.partition(":")[0]}: get_config returned {config!r}, not a config (a dataclass)')
+    config = override(config, overrides, others)
     validate(config)
     return config
+
+
+def call(spec: str, name: str, gives: str) -> Any:
+    """What the function of that name in `FILE.py` or `FILE.py:arg` returns; of one that yields, the list.
+
+    `gives` says what it is for. Raises ConfigError where there is no such function, and for mistakes in the file.
+    """
+    file, _, arg = spec.partition(':')
+    module = _import(find(file))
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f'config file {file} has no function {name}(arg=None) that {gives}')
+    args = (arg,) if arg else ()
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        raise ConfigError(f'{file}: {name}{signature}: {error}; write {name}(arg=None)') from None
+    with _mistakes_in(module):
+        made = function(*args)
+        return list(made) if isinstance(made, Iterator) else made
 
 
 def find(file: str) -> Path:
@@ -91,23 +114,6 @@ def _meant(error: Exception, page: types.ModuleType) -> str:
         return ''
     kind, name = getattr(page, match[1] or match[2], None), match[3]
     return nearest(name, [field.name for field in dataclasses.fields(kind)]) if dataclasses.is_dataclass(kind) else ''
-
-
-def _get_config(module: Any, file: str, arg: str) -> Any:
-    get_config = getattr(module, 'get_config', None)
-    if not callable(get_config):
-        raise ConfigError(f'config file {file} has no function get_config(arg=None) that returns the run')
-    args = (arg,) if arg else ()
-    signature = inspect.signature(get_config)
-    try:
-        signature.bind(*args)
-    except TypeError as error:
-        raise ConfigError(f'{file}: get_config{signature}: {error}; write get_config(arg=None)') from None
-    with _mistakes_in(module):
-        config = get_config(*args)
-    if not is_config(config):
-        raise ConfigError(f'{file}: get_config returned {config!r}, not a config (a dataclass)')
-    return config
 
 
 # -------------------------------------------------------------------------------------------------- overrides

@@ -56,4 +56,17 @@ class Sample:
         return logits
 
 
-Sampling = Greedy | Sample
+@dataclasses.dataclass(frozen=True, slots=True)
+class Until:
+    """Draws as `drawing` does, but `end` in place of any of `ends`: for what ends a text in more ways than one."""
+
+    drawing: Greedy | Sample
+    ends: tuple[int, ...]
+    end: int
+
+    def __call__(self, logits: Float[Array, 'B V'], keys: Key[Array, ' B']) -> Int[Array, ' B']:
+        drawn = self.drawing(logits, keys)
+        return jnp.where(jnp.isin(drawn, jnp.asarray(self.ends, drawn.dtype)), self.end, drawn)
+
+
+Sampling = Greedy | Sample | Until

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tpu_llm.arrays import AnyArray, Array, Float, Int
+from tpu_llm.arrays import AnyArray, Array, Bool, Float, Int
 from tpu_llm.kernels.chunked import Split, logits_of_chunk, sums_of_logits
 
 
@@ -104,6 +104,14 @@ def log_probs(hidden, kernel, bias, targets, options: Options, split: Split) -> 
     """log p of the targets of one chunk, with this device's columns of a vocabulary split over the axes `split`."""
     found = _softmax(hidden, kernel, bias, targets, options, split)
     return found.target - found.log_z
+
+
+def judged_log_probs(
+    hidden, kernel, bias, targets, options: Options, split: Split
+) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+    """`log_probs`, and where no other token is likelier than the target."""
+    found = _softmax(hidden, kernel, bias, targets, options, split)
+    return found.target - found.log_z, found.target >= found.top
 
 
 def _chunk(options: Options, hidden, kernel, bias, rows, columns, split):

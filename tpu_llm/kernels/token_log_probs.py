@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from tpu_llm.arrays import AnyArray, Array, Float, Int
+from tpu_llm.arrays import AnyArray, Array, Bool, Float, Int
 from tpu_llm.kernels import cross_entropy
 from tpu_llm.kernels.chunked import split_rows
 from tpu_llm.kernels.cross_entropy import Options
@@ -37,30 +37,54 @@ def token_log_probs(
     return _log_probs(hidden, kernel, bias, jnp.asarray(targets), options, dtype)
 
 
+@jax.named_scope('loss')
+def judged_log_probs(
+    hidden: Float[Array, 'B T D'],
+    kernel: Float[Array, 'D V'],
+    targets: Int[AnyArray, 'B T'],
+    options: Options,
+    dtype: jnp.dtype,
+    bias: Float[Array, ' V'] | None = None,
+) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+    """`token_log_probs`, and where no other token is likelier than the target; nothing has a gradient."""
+    judged = cross_entropy.judged_log_probs
+    return _by_shard(judged, 2, hidden, kernel, bias, jnp.asarray(targets), options, dtype)
+
+
 def _plain(hidden, kernel, bias, targets, options, dtype):
+    return _by_shard(_one, 1, hidden, kernel, bias, targets, options, dtype)[0]
+
+
+def _one(*args):
+    return (cross_entropy.log_probs(*args),)
+
+
+def _by_shard(of_chunk, results, hidden, kernel, bias, targets, options, dtype):
+    """As many arrays [B, T] as a chunk gives."""
     hidden, kernel = hidden.astype(dtype), kernel.astype(dtype)
     layout = sharding.current()
+    of_device = functools.partial(_of_device, of_chunk, options)
     if layout is None or layout.mesh.size == 1:
-        return _of_device(hidden, kernel, bias, targets, options, ())
+        return of_device(hidden, kernel, bias, targets, ())
     batch, length, vocab = layout.spec('BTV')
     rows, columns = PartitionSpec(batch, length), PartitionSpec(None, vocab)
     return sharding.manual(
-        functools.partial(_of_device, options=options, split=sharding.axis_names(vocab)),
+        functools.partial(of_device, split=sharding.axis_names(vocab)),
         layout,
         in_specs=(rows, columns, PartitionSpec(vocab), rows),
-        out_specs=rows,
+        out_specs=(rows,) * results,
     )(hidden, kernel, bias, targets)
 
 
-def _of_device(hidden, kernel, bias, targets, options, split):
+def _of_device(of_chunk, options, hidden, kernel, bias, targets, split):
     """Of a device's own positions, with its own part of the vocabulary."""
 
     def one(carry, chunk):
-        return carry, cross_entropy.log_probs(chunk[0], kernel, bias, chunk[1], options, split)
+        return carry, of_chunk(chunk[0], kernel, bias, chunk[1], options, split)
 
     chunks = split_rows((hidden, targets), options.chunk, kernel.shape[1])
     _, found = jax.lax.scan(one, None, chunks)
-    return found.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, : hidden.shape[1]]
+    return tuple(x.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, : hidden.shape[1]] for x in found)
 
 
 def _forward(hidden, kernel, bias, targets, options, dtype):

@@ -80,7 +80,18 @@ def param(
     """
     assert len(dims) == len(shape)
     value = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return nnx.Param(value, dims=dims, init=init, summed=summed, padding=padding, nudge=nudge, added=added, layers=())
+    return nnx.Param(
+        value,
+        dims=dims,
+        init=init,
+        summed=summed,
+        padding=padding,
+        nudge=nudge,
+        added=added,
+        layers=(),
+        rate=1.0,  # this and the next: models/mup.py
+        gain=1.0,
+    )
 
 
 def named_params(model: nnx.Module) -> Iterator[tuple[str, nnx.Param]]:

@@ -1,6 +1,6 @@
 """Optimizer configs. Each makes one optax chain over a flat `{path: array}` of parameters:
 
-clip the gradients' global norm → the method's direction → weight decay → per-group scale,
+clip the gradients' global norm → the parameter's own gain → the method's direction → weight decay → its own scale,
 
 and then takes a step of the learning rate in that direction. A parameter with a `nudge` (a router's bias) is left out
 of all that: each step moves it by so much against the sign of its gradient.
@@ -106,12 +106,15 @@ class Optimizer:
         for group in self.groups:
             if not any(re.search(group.match, path) for path in infos):
                 raise ConfigError(f'optimizer group {group.match!r} matches none of the {len(infos)} parameters')
-        rates = {path: self._factor(path, 'learning_rate') for path in infos}
+        rates = {path: info.rate * self._factor(path, 'learning_rate') for path, info in infos.items()}
         decays = {
-            path: self.weight_decay * self._factor(path, 'weight_decay') * (matrix(path, info) is not None)
+            path: self.weight_decay * self._factor(path, 'weight_decay') * (matrix(path, info) is not None) / info.rate
             for path, info in infos.items()
         }
+        gains = {path: info.gain for path, info in infos.items()}
         chain = [optax.clip_by_global_norm(self.clip)] if self.clip else []
+        if any(gain != 1.0 for gain in gains.values()):
+            chain.append(_scale_each(gains))
         chain.append(self.direction(infos))
         if any(decays.values()):
             chain.append(_add_decay(decays))
@@ -188,6 +191,11 @@ class Muon(Optimizer):
 
     def direction(self, infos: Mapping[str, ParamInfo]) -> optax.GradientTransformation:
         maps = {path: info.linear_map for path, info in infos.items() if info.linear_map}
+        if any(info.rate != 1.0 for info in infos.values()):
+            raise ConfigError(
+                'the model takes its learning rate from a smaller one (models/mup.py), by rules for steps of single '
+                'entries, and those of Muon are orthogonal matrices; use AdamW, Lion, Adafactor or SGD'
+            )
         dims = {path: contrib.MuonDimensionNumbers(*axes) for path, axes in maps.items()}
 
         # optax hides the other group's entries behind MaskedNode, and wants it back in their places.
@@ -219,9 +227,9 @@ def _add_decay(decays: Mapping[str, float]) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _scale_each(rates: Mapping[str, float]) -> optax.GradientTransformation:
+def _scale_each(factors: Mapping[str, float]) -> optax.GradientTransformation:
     def update(updates: Any, params: Any) -> Any:
-        return {path: rates[path] * u for path, u in updates.items()}
+        return {path: factors[path] * u for path, u in updates.items()}
 
     return optax.stateless(update)
 

@@ -23,6 +23,8 @@ class ParamInfo:
     summed: str  # the dims a linear map sums over; empty for what is no linear map
     padding: int = 0  # so many last entries of the V dim are not real
     nudge: float = 0.0  # above 0: not optimised; each step moves it by that much against the sign of its gradient
+    rate: float = 1.0  # times the learning rate; its weight decay takes as much a step whatever it is
+    gain: float = 1.0  # what its gradient is multiplied by before the optimizer sees it
 
     @property
     def stack(self) -> int:

@@ -5,7 +5,7 @@ of the probability, the judge was about to say something else, and that is an er
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -16,6 +16,7 @@ from tpu_llm.arrays import Array
 from tpu_llm.config import ConfigError
 from tpu_llm.data.documents import Document
 from tpu_llm.data.prompts import Asker
+from tpu_llm.evals.judge import said
 from tpu_llm.rl.reader import Beside, Reader, Surroundings, open_beside
 from tpu_llm.rl.reward_model import asked
 from tpu_llm.rl.rewards import Sample, Scores
@@ -173,10 +174,3 @@ def preferences(verdicts: Verdicts, comparisons: Sequence[Comparison], question:
     swapped = [ask(c, c.b, c.a) for c in comparisons]
     chosen = np.exp(verdicts.in_form(given + swapped)[:, 0])
     return (chosen[: len(comparisons)] + 1 - chosen[len(comparisons) :]) / 2
-
-
-def said(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A prompt of one message is what it says; of several, each is told by whom."""
-    if len(messages) == 1:
-        return messages[0]['content']
-    return '\n\n'.join(f'{message["role"]}: {message["content"] or ""}' for message in messages)

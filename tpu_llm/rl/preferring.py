@@ -11,8 +11,9 @@ import numpy as np
 
 from tpu_llm.config import ConfigError
 from tpu_llm.data.documents import Documents
+from tpu_llm.evals.judge import said
 from tpu_llm.rl import principles
-from tpu_llm.rl.judge import COMPARISON, PLACES, Comparison, Verdicts, preferences, said
+from tpu_llm.rl.judge import COMPARISON, PLACES, Comparison, Verdicts, preferences
 from tpu_llm.rl.reader import open_beside
 from tpu_llm.rl.reward_model import asked as messages
 from tpu_llm.rl.rewards import Sample

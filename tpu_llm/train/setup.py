@@ -117,10 +117,8 @@ def make_graphs(run: Run, layout: Layout) -> Graphs:
 def param_infos(graph: ModelGraph) -> dict[str, ParamInfo]:
     """Of those that train."""
     metas = {name: leaf.get_metadata() for name, leaf in graph.trained.items()}
-    return {
-        name: ParamInfo(meta['dims'], meta['summed'], padding=meta['padding'], nudge=meta['nudge'])
-        for name, meta in metas.items()
-    }
+    fields = ('dims', 'summed', 'padding', 'nudge', 'rate', 'gain')
+    return {name: ParamInfo(**{field: meta[field] for field in fields}) for name, meta in metas.items()}
 
 
 # Where `tensor` splits weights, too, the compiler would hand them round fsdp part by part and add up a product each:
