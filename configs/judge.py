@@ -1,6 +1,6 @@
 """A model judges what others wrote: scores by a rubric, or the better of two responses.
 
-    python launch/run.py --config=configs/judge.py                    # 36 pairs that come with the package: 3 minutes
+    python launch/run.py --config=configs/judge.py                    # 36 pairs that come with the package
     python launch/run.py --config=configs/judge.py:data=responses.jsonl,path=path/to/folder-or-file.gguf
     python launch/run.py --config=configs/judge.py:data=pairs.jsonl --config.judge.rubric.text='The better poem wins.'
     python -m tpu_llm.evals agreement runs/judge-…/verdicts.jsonl     # the judge against people: fields label, verdict

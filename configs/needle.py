@@ -1,6 +1,6 @@
 """A needle in a haystack: what a model finds of a long text, by the text's length and the needle's place in it.
 
-    python launch/run.py --config=configs/needle.py                   # SmolLM2-135M up to 2,048 tokens: 6 minutes
+    python launch/run.py --config=configs/needle.py                   # SmolLM2-135M up to 2,048 tokens
     python launch/run.py --config=configs/needle.py:path=path/to/folder-or-file.gguf,longest=131072
     python launch/run.py --config=configs/needle.py:path=runs/1b-…,likelihood     # for base models, and small ones
     python launch/run.py --config=configs/needle.py:smoke             # a tiny model drawn at random: it finds nothing

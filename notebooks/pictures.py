@@ -19,12 +19,12 @@ from nbclient import NotebookClient
 
 HOME = Path(__file__).resolve().parent
 PICTURES = HOME.parent / 'docs' / 'pictures'
-KEPT = ('sharding', 'preference-curves', 'isoflop-valleys', 'plan-choices')  # those that docs show
+KEPT = ('sharding', 'plan-choices')  # those that docs show
 
 # The same numbers give the same file.
 STYLE = """
 %config InlineBackend.figure_formats = ['svg']
-%config InlineBackend.print_figure_kwargs = {'bbox_inches': None, 'dpi': 160, 'metadata': {'Date': None}}
+%config InlineBackend.print_figure_kwargs = {'bbox_inches': None, 'dpi': 100, 'metadata': {'Date': None}}
 import matplotlib
 matplotlib.rcParams['svg.hashsalt'] = 'tpu_llm'
 """
