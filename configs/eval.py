@@ -3,7 +3,7 @@
     python launch/run.py --config=configs/eval.py:path=runs/quickstart-…
     python launch/run.py --config=configs/eval.py:path=path/to/folder-or-file.gguf,tasks=facts+programs
     python launch/run.py --config=configs/eval.py:path=smollm2,tasks=my/own.task,shots=5,limit=100
-    python launch/run.py --config=configs/eval.py:smoke          # one of each kind, a tiny model drawn at random: 20 s
+    python launch/run.py --config=configs/eval.py:smoke          # one of each kind, a tiny model at random: seconds
     python -m tpu_llm.evals compare runs/eval-… runs/eval-…      # two models on the same rows
 
 `tasks` are names and files, joined by +; `all`, the default, is every task that comes with the package

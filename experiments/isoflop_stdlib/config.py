@@ -1,9 +1,9 @@
 """A scaling law of the standard library's text, from runs of minutes: see README.md.
 
-    python launch/sweep.py --config=experiments/isoflop_stdlib/config.py            # four budgets x five or six sizes
+    python launch/sweep.py --config=experiments/isoflop_stdlib/config.py            # four budgets x five to seven sizes
     python launch/sweep.py --config=experiments/isoflop_stdlib/config.py:largest    # the run that checks the law
-    python launch/sweep.py --config=experiments/isoflop_stdlib/config.py:rates      # what the learning rates are from
-    python launch/sweep.py --config=experiments/isoflop_stdlib/config.py:smoke      # two budgets x three sizes, 20 s
+    python launch/sweep.py --config=experiments/isoflop_stdlib/config.py:rates      # four learning rates of two sizes
+    python launch/sweep.py --config=experiments/isoflop_stdlib/config.py:smoke      # two budgets x three sizes
     python -m tpu_llm.scaling fit runs/isoflop_stdlib/table.csv
 
 N counts every parameter, the (tied) embeddings too: with a vocabulary of 1,024 they are 47 % of the least model and 6 %
