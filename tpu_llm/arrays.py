@@ -83,15 +83,16 @@ class ScoredBatch(Batch):
 class RolloutBatch(Batch):
     """Responses that a policy wrote, a row each behind its prompt; weight 1 where the target is the response's.
 
-    All fields are of targets, and mean something where the weight is 1. Log-probs are at the policy's temperature.
+    Every response begins at the same column: its targets are the first of the last A columns of its row. All further
+    fields are of these, and mean something where the weight is 1. Log-probs are at the policy's temperature.
     """
 
-    advantages: Float[AnyArray, 'B T']
-    sampled: Float[AnyArray, 'B T']  # log p as the sampler drew them
-    old: Float[AnyArray, 'B T']  # log p of the same weights by the trainer's numerics
-    reference: Float[AnyArray, 'B T']  # log p of the reference policy; where there is none, as `old`
-    values: Float[AnyArray, 'B T']  # what the critic expected; 0 without one
-    returns: Float[AnyArray, 'B T']  # what the critic is to expect
+    advantages: Float[AnyArray, 'B A']
+    sampled: Float[AnyArray, 'B A']  # log p as the sampler drew them
+    old: Float[AnyArray, 'B A'] | None  # log p of the same weights by the trainer's numerics; None: they train now
+    reference: Float[AnyArray, 'B A'] | None  # log p of the reference policy, where there is one
+    values: Float[AnyArray, 'B A'] | None  # what the critic expected, where there is one
+    returns: Float[AnyArray, 'B A'] | None  # what the critic is to expect
 
 
 @jax.tree_util.register_dataclass

@@ -63,7 +63,7 @@ def get_config(arg: str | None = None) -> Stages:
     stages = {
         'tables': Tables(seed=seed),
         'pretrain': pretraining(seed, data=rows(Jsonl(paths=base.table('corpus')), 16), steps=500, **once),
-        'cold': supervised(seed, data=whole(talks('cold'), 8), **once),
+        'cold': supervised(seed, data=whole(talks('cold'), 8), steps=80, **once),
         'think': reinforced('cold'),
         'kept': Choose(
             path='stage:think',
@@ -82,7 +82,7 @@ def get_config(arg: str | None = None) -> Stages:
         ),
         'mix': supervised(seed, data=learned, steps=150, **once),
         'again': reinforced('mix', data=everything),
-        'direct': supervised(seed, data=whole(talks('direct'), 8), **once),
+        'direct': supervised(seed, data=whole(talks('direct'), 8), steps=80, **once),
         'direct-rl': reinforced('direct', rewards=(RIGHT,)),
     }
     if args.smoke:

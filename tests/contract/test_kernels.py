@@ -20,6 +20,7 @@ from tpu_llm.kernels import megablox, reference, splash
 from tpu_llm.kernels.attention import IMPLS, Dropped, Mask, attention
 from tpu_llm.kernels.cross_entropy import Options, cross_entropy
 from tpu_llm.kernels.token_log_probs import token_log_probs
+from tpu_llm.kernels.token_losses import token_losses
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -244,6 +245,32 @@ def test_log_probs_of_tokens_equal_the_reference(case):
     def plain(hidden, kernel, bias):
         fields = {name: getattr(options, name) for name in ('vocab_size', 'softcap', 'z_loss', 'label_smoothing')}
         return -reference.cross_entropy(hidden, kernel, TARGETS, **fields, bias=bias)
+
+    for a, e in zip(run(ours), run(plain), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('case', CROSS_ENTROPY)
+def test_sums_over_tokens_of_what_comes_of_each_log_prob(case):
+    """Two sums, of which the first has a gradient; a temperature where logits are not capped."""
+    options = CROSS_ENTROPY[case]
+    options = Options(vocab_size=options.vocab_size, softcap=options.softcap, chunk=options.chunk or 3)
+    temperature = 1.0 if options.softcap else 2.0
+
+    def of_tokens(log_probs, weights):
+        return jnp.tanh(log_probs) * weights, jnp.square(log_probs) * weights
+
+    def run(f):
+        gradient = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))
+        return jax.tree.leaves(gradient(HIDDEN, KERNEL, BIAS))
+
+    def ours(hidden, kernel, bias):
+        head = TARGETS, (WEIGHTS,), of_tokens, options, jnp.dtype('float32'), bias
+        return token_losses(hidden, kernel, *head, temperature)
+
+    def plain(hidden, kernel, bias):
+        log_probs = token_log_probs(hidden, kernel, TARGETS, options, jnp.dtype('float32'), bias, temperature)
+        return tuple(each.sum() for each in of_tokens(log_probs, WEIGHTS))
 
     for a, e in zip(run(ours), run(plain), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)

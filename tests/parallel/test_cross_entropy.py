@@ -12,6 +12,7 @@ import toy
 from tpu_llm.kernels import reference
 from tpu_llm.kernels.cross_entropy import Options, cross_entropy
 from tpu_llm.kernels.token_log_probs import token_log_probs
+from tpu_llm.kernels.token_losses import token_losses
 from tpu_llm.parallel import sharding
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -92,8 +93,11 @@ def test_log_probs_of_tokens_are_those_of_one_device(axes):
     targets = np.random.default_rng(1).integers(0, VOCAB, (4, LENGTH))
 
     def loss(hidden, kernel):
-        found = token_log_probs(hidden, kernel, targets, Options(vocab_size=VOCAB - 9, chunk=5), jnp.dtype('float32'))
-        return (jnp.sin(found)).sum(), found
+        options = Options(vocab_size=VOCAB - 9, chunk=5), jnp.dtype('float32')
+        found = token_log_probs(hidden, kernel, targets, *options)
+        each = (np.ones(targets.shape, np.float32),)
+        total, squares = token_losses(hidden, kernel, targets, each, lambda p, w: (w * jnp.cos(p), w * p**2), *options)
+        return jnp.sin(found).sum() + total, (found, squares)
 
     def run():
         gradient = jax.value_and_grad(lambda *args: loss(*args), argnums=(0, 1), has_aux=True)

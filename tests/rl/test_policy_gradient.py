@@ -12,7 +12,7 @@ import toy
 from tpu_llm.arrays import RolloutBatch
 from tpu_llm.config import ConfigError
 from tpu_llm.models.scalar_head import ScalarConfig
-from tpu_llm.objectives.policy_gradient import PolicyGradient, divergence
+from tpu_llm.objectives.policy_gradient import PolicyGradient, Tokens, divergence
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -81,11 +81,15 @@ def formula(objective, log_probs, values, batch=BATCH):
     return loss, weight
 
 
+def tokens(batch):
+    return Tokens(**{field.name: getattr(batch, field.name) for field in dataclasses.fields(Tokens)})
+
+
 def run(objective, log_probs, values, batch=BATCH):
     def loss(log_probs, values):
-        token_loss, sums = objective.policy_loss(log_probs, batch)
+        token_loss, sums = objective.policy_loss(log_probs, batch.weights, tokens(batch))
         if objective.value:
-            token_loss = token_loss + objective.value * objective.value_loss(values, batch)
+            token_loss = token_loss + objective.value * objective.value_loss(values, batch.weights, batch)
         return jnp.sum(objective.weigh(jnp.asarray(batch.weights)) * token_loss), sums
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(log_probs, values)
@@ -167,6 +171,32 @@ def test_of_a_model(kind):
     other = dataclasses.replace(BATCH, tokens=BATCH.tokens.at[2].set(0), targets=BATCH.targets.at[2].set(1))
     (same, _), _ = whole(weights, other)
     np.testing.assert_allclose(same, loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['dapo', 'gspo'])
+def test_where_no_log_probs_were_taken_before_they_are_those_of_the_step(kind):
+    """And only the last columns, which hold the responses, are read."""
+    objective, graph = KINDS[kind], toy.graph(toy.config(layers=1))
+    weights = toy.weights(graph)
+    model = graph.bind(weights)
+    logits = model.logits(model.hidden(PLAIN.tokens, segments=PLAIN.segments, positions=PLAIN.positions))
+    own = jnp.take_along_axis(jax.nn.log_softmax(logits), PLAIN.targets[..., None], 2)[..., 0]
+    mask = MASK * (np.arange(LENGTH) >= 3)
+
+    @jax.jit
+    def run(weights, batch):
+        def loss(weights):
+            total, _, sums = objective(graph.bind(weights), batch, frozen=None, key=None, step=jnp.int32(0))
+            return total, sums
+
+        return jax.value_and_grad(loss, has_aux=True)(weights)
+
+    batch = dataclasses.replace(BATCH, weights=jnp.asarray(mask), old=own, values=None, returns=None)
+    last = {name: getattr(batch, name)[:, 3:] for name in ('advantages', 'sampled', 'reference')}
+    expected, found = run(weights, batch), run(weights, dataclasses.replace(batch, old=None, **last))
+    for a, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-4, atol=2e-6)
+    assert found[0][1]['ratio'] > 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -104,6 +105,31 @@ def log_probs(hidden, kernel, bias, targets, options: Options, split: Split) -> 
     """log p of the targets of one chunk, with this device's columns of a vocabulary split over the axes `split`."""
     found = _softmax(hidden, kernel, bias, targets, options, split)
     return found.target - found.log_z
+
+
+def log_probs_and_slope(
+    hidden, kernel, bias, targets, options: Options, split: Split
+) -> tuple[Float[Array, 'B T'], Callable[[Float[Array, 'B T']], Float[Array, 'B T V']]]:
+    """`log_probs`, and what a slope by them is by the raw logits."""
+    found = _softmax(hidden, kernel, bias, targets, options, split)
+
+    def by_logits(slope: Float[Array, 'B T']) -> Float[Array, 'B T V']:
+        d_logits = jnp.where(found.hit, 1.0, 0.0) - found.exps / found.total[..., None]
+        if options.softcap:
+            d_logits = d_logits * (1.0 - (found.logits / options.softcap) ** 2)
+        return d_logits * slope[..., None]
+
+    return found.target - found.log_z, by_logits
+
+
+def cooled(
+    hidden: Float[Array, 'B T D'], bias: Float[Array, ' V'] | None, temperature: float, options: Options
+) -> tuple[Float[Array, 'B T D'], Float[Array, ' V'] | None]:
+    """Hidden states and bias whose logits are divided by the temperature."""
+    if temperature == 1.0:
+        return hidden, bias
+    assert not options.softcap, 'soft-capped logits are not linear in the hidden states'
+    return hidden / temperature, None if bias is None else bias / temperature
 
 
 def judged_log_probs(

@@ -1,7 +1,7 @@
 """log p of each target by itself, for losses that are not sums over tokens; float32 [B, T, V] never exists.
 
 The backward pass is that of `cross_entropy` with the cotangents for weights: only then is it known what each token
-weighs, so the logits are computed once more.
+weighs, so the logits are computed once more. A loss that is a sum over tokens needs that not (`token_losses`).
 """
 
 import functools
@@ -31,9 +31,7 @@ def token_log_probs(
 
     Of the options it reads `vocab_size`, `softcap` and `chunk`.
     """
-    if temperature != 1.0:
-        assert not options.softcap, 'soft-capped logits are not linear in the hidden states'
-        hidden, bias = hidden / temperature, None if bias is None else bias / temperature
+    hidden, bias = cross_entropy.cooled(hidden, bias, temperature, options)
     return _log_probs(hidden, kernel, bias, jnp.asarray(targets), options, dtype)
 
 

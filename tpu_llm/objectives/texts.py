@@ -65,7 +65,7 @@ def policy_log_probs(
 ) -> tuple[Float[Array, 'B T'], Routing | None]:
     """log p of the targets, and what experts did."""
     hidden, routing = model.routed(batch.tokens, segments=batch.segments, positions=batch.positions, key=key)
-    return response_log_probs(model, hidden, batch, chunk=chunk), routing
+    return response_log_probs(model, hidden, batch.targets, chunk=chunk), routing
 
 
 def reference_log_probs(frozen: Any, batch: Batch, chunk: int) -> Float[Array, 'B T']:

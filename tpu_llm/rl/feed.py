@@ -34,9 +34,9 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(RolloutBatch))
 
 @dataclasses.dataclass(slots=True)
 class _Hand:
-    """A rollout in hand: its rows on the host, [responses, T] each, and how many steps have used it."""
+    """A rollout in hand, and how many steps have used it."""
 
-    rows: dict[str, np.ndarray]
+    rows: dict[str, np.ndarray]  # on the host, the fields of its batches that this run has
     number: int  # of the rollout, from 0: what its draws depend on
     used: int = 0
 
@@ -66,7 +66,8 @@ class RolloutFeed:
             self.hand = self._take(session, state)
             told, self.told = self.told, {}
         chosen = self._chosen(self.hand)
-        batch = RolloutBatch(**{name: self._global(self.hand.rows[name][chosen]) for name in _FIELDS})
+        fields = {name: self._global(rows[chosen]) for name, rows in self.hand.rows.items()}
+        batch = RolloutBatch(**dict.fromkeys(_FIELDS) | fields)
         self.hand.used += 1
         return batch, self._table(), told
 
@@ -109,7 +110,6 @@ class RolloutFeed:
             rows |= tools.scorer(weights, session.frozen, rows)
         rows, told = weighing.weigh(run, rows, judged, self.kl_weight)
         self.told |= told | weighing.about(written, judged, run.rollout.group)
-        self._watch(session, rows)
         self._steer()
         return _Hand(rows, number)
 
@@ -132,17 +132,6 @@ class RolloutFeed:
         ]
         with tools.session.ledger.phase('reward'):
             return prompts, written, tools.panel(samples)
-
-    def _watch(self, session: Session, rows: Mapping[str, np.ndarray]) -> None:
-        """The standing check that sampler and trainer agree."""
-        real = rows['weights'] > 0
-        gap = np.abs(rows['sampled'] - rows['old'])[real]
-        self.told |= {'sampler_gap': float(gap.mean()), 'sampler_gap_max': float(gap.max())} if gap.size else {}
-        if gap.size and gap.mean() > self.run.rollout.max_gap:
-            session.print(
-                f'the sampler and the trainer differ by {gap.mean():.3f} in |log p| a token, more than '
-                f'rollout.max_gap = {self.run.rollout.max_gap}: compute in float32, or set objective.correction=2.0'
-            )
 
     def _steer(self) -> None:
         """Lets the penalty follow its target: up where the divergence is above it, by at most a fifth of the error."""
@@ -215,5 +204,5 @@ class _Tools:
 
 
 def _unpacked(table: Table, name: str) -> _Hand:
-    rows = {field: table[f'{name}.{field}'] for field in _FIELDS}
+    rows = {field: table[f'{name}.{field}'] for field in _FIELDS if f'{name}.{field}' in table}
     return _Hand(rows, int(table[f'{name}.number'][0]), int(table[f'{name}.used'][0]))

@@ -1,6 +1,7 @@
 """A run that learns from what its model writes: rollouts, rewards, advantages; the loop is `train.loop`'s."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -100,17 +101,46 @@ class Run(TrainRun):
             )
         self.objective.check_model(self.model)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether the policy's own log-probs, by the trainer's numerics, are taken before it trains on what it wrote.
+
+        A rollout that serves one step needs none: they are those of that step.
+        """
+        rollout = self.rollout
+        several = rollout.epochs > 1 or self.responses > self.data.global_batch or rollout.ahead
+        return several or rollout.kl_penalty > 0 or rollout.advantages == 'gae'
+
     def needs_frozen(self) -> bool:
         return self.objective.kl > 0 or self.rollout.kl_penalty > 0
+
+    def alarm(self, metrics: Mapping[str, Any]) -> str:
+        gap = metrics['sampler_gap']
+        if gap <= self.rollout.max_gap:
+            return ''
+        return (
+            f'the sampler and the trainer differ by {gap:.3f} in |log p| a token, more than rollout.max_gap = '
+            f'{self.rollout.max_gap}: compute in float32, or set objective.correction=2.0'
+        )
 
     def gives(self) -> type[Batch]:
         return RolloutBatch
 
     def empty_batch(self) -> Batch:
-        shape = (self.data.global_batch, self.data.seq_len)
-        ids, numbers = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        names = {field.name: numbers for field in dataclasses.fields(RolloutBatch)}
-        return RolloutBatch(**names | dict.fromkeys(('tokens', 'targets', 'segments', 'positions'), ids))
+        whole = (self.data.global_batch, self.data.seq_len)
+        response = np.zeros((self.data.global_batch, self.rollout.max_new_tokens), np.float32)
+        ids = dict.fromkeys(('tokens', 'targets', 'segments', 'positions'), np.zeros(whole, np.int32))
+        critic = response if self.rollout.advantages == 'gae' else None
+        return RolloutBatch(
+            **ids,
+            weights=np.zeros(whole, np.float32),
+            advantages=response,
+            sampled=response,
+            old=response if self.remembers else None,
+            reference=response if self.needs_frozen() else None,
+            values=critic,
+            returns=critic,
+        )
 
     def other_programs(self, graphs: Any, layout: Layout, state: Any, frozen: Any) -> dict[str, tuple[Any, int]]:
         from tpu_llm.rl.sampler import Sampler
@@ -127,10 +157,10 @@ class Run(TrainRun):
             pad=0,
             vocab_size=self.model.vocab_size,
         )
-        return {
-            'rollout': (sampler.lower(weights, self.responses), self.rollout.max_new_tokens),
-            'scoring': (Scorer(self, graphs, layout).lower(weights, frozen, self.data.seq_len), 0),
-        }
+        programs = {'rollout': (sampler.lower(weights, self.responses), self.rollout.max_new_tokens)}
+        if (scorer := Scorer(self, graphs, layout)).asked:
+            programs['scoring'] = (scorer.lower(weights, frozen, self.data.seq_len), 0)
+        return programs
 
     def open_feed(self, layout: Layout, workdir: epath.Path) -> Any:
         from tpu_llm.rl.feed import RolloutFeed

@@ -20,30 +20,46 @@ _READ = ('tokens', 'targets', 'weights', 'segments', 'positions')
 
 
 class Scorer:
-    """One program for as many rows as a training batch has."""
+    """One program for as many rows as a training batch has.
+
+    It scores the policy where the run `remembers` it, and the reference where it is compared with one; `asked` says
+    whether there is anything to score.
+    """
 
     def __init__(self, run: Run, graphs: Graphs, layout: Layout):
         self._layout, self._rows = layout, run.data.global_batch
-        objective = run.objective
+        objective, count, remembers = run.objective, run.rollout.max_new_tokens, run.remembers
+        self.asked = remembers or run.needs_frozen()
+
+        def log_probs(model: Any, hidden: Array, batch: Batch) -> Array:
+            return response_log_probs(
+                model, hidden, batch.targets[:, -count:], temperature=objective.temperature, chunk=objective.chunk
+            )
 
         def score(weights: Mapping[str, Array], frozen: Frozen, batch: Batch) -> dict[str, Array]:
+            def hidden(model: Any) -> Array:
+                whole = model.hidden(batch.tokens, segments=batch.segments, positions=batch.positions)
+                return whole[:, -count:]
+
+            found = {}
             with sharding.use(layout):
-                model = graphs.model.bind(weights)
-                hidden = model.hidden(batch.tokens, segments=batch.segments, positions=batch.positions)
-                options: dict[str, Any] = {'temperature': objective.temperature, 'chunk': objective.chunk}
-                old = reference = response_log_probs(model, hidden, batch, **options)
-                values = model.scores(hidden) if objective.value else jnp.zeros_like(old)
+                if remembers:
+                    model = graphs.model.bind(weights)
+                    found['old'] = log_probs(model, own := hidden(model), batch)
+                    if objective.value:
+                        found['values'] = model.scores(own)
                 if (other := frozen.model(graphs.reference)) is not None:
-                    seen = other.hidden(batch.tokens, segments=batch.segments, positions=batch.positions)
-                    reference = response_log_probs(other, seen, batch, **options)
-                return {'old': old, 'reference': reference, 'values': values}
+                    found['reference'] = log_probs(other, hidden(other), batch)
+            return found
 
         self._program = Compiled('scoring', score, out_shardings=layout.replicated)
 
     def __call__(
         self, weights: Mapping[str, Array], frozen: Frozen, rows: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """float32[B, T] each; B is a multiple of the batch."""
+        """float32[B, A] each; B is a multiple of the batch."""
+        if not self.asked:
+            return {}
         parts = [
             self._program(
                 weights, frozen, Batch(**{name: self._global(rows[name][at : at + self._rows]) for name in _READ})

@@ -14,32 +14,42 @@ Rows = dict[str, np.ndarray]
 
 
 def rows(prompts: Sequence[Prompt], written: Written, judged: Judged, length: int, pad: int) -> Rows:
-    """Prompt and response of each sample from the left of its row, as pairs of input and target; [B, T] each.
+    """Prompt and response of each sample as pairs of input and target, [B, T] each, and `sampled` [B, A].
 
-    Weight 1 where the target is the response's, of those that were judged.
+    Prompts end, and responses begin, at the same column of all rows, so that the last A columns hold whatever was
+    written. Weight 1 where the target is the response's, of those that were judged.
     """
-    count = len(prompts)
+    count, room = written.tokens.shape
     made: Rows = {name: np.zeros((count, length), np.int32) for name in ('targets', 'segments', 'positions')}
-    made |= {name: np.zeros((count, length), np.float32) for name in ('weights', 'sampled')}
     made['tokens'] = np.full((count, length), pad, np.int32)
+    made['weights'] = np.zeros((count, length), np.float32)
+    made['sampled'] = np.where(np.arange(room) < written.lengths[:, None], written.log_probs, 0.0).astype(np.float32)
+    begin = length - room  # the column of a prompt's last token, whose target is the response's first
     for row, prompt in enumerate(prompts):
-        size = int(written.lengths[row])
-        ids = np.concatenate([prompt.ids, written.tokens[row, :size]])
-        n, begin = len(ids) - 1, len(prompt.ids) - 1
-        made['tokens'][row, :n], made['targets'][row, :n] = ids[:-1], ids[1:]
-        made['segments'][row, :n], made['positions'][row, :n] = 1, np.arange(n)
-        made['weights'][row, begin:n] = not judged.failed[row]
-        made['sampled'][row, begin:n] = written.log_probs[row, :size]
+        ids = np.concatenate([prompt.ids, written.tokens[row, : written.lengths[row]]])
+        n, start = len(ids) - 1, begin - (len(prompt.ids) - 1)
+        at = slice(start, start + n)
+        made['tokens'][row, at], made['targets'][row, at] = ids[:-1], ids[1:]
+        made['segments'][row, at], made['positions'][row, at] = 1, np.arange(n)
+        made['weights'][row, begin : start + n] = not judged.failed[row]
     return made
 
 
 def weigh(run: Run, made: Rows, judged: Judged, kl_weight: float) -> tuple[Rows, dict[str, float]]:
-    """The rows with advantages and returns, and the divergence from the reference a token and a response."""
-    rollout, mask = run.rollout, made['weights']
-    group = rollout.group
+    """The rows with advantages and returns, and the divergence from the reference a token and a response.
+
+    The divergence is k1, unbiased, as rewards must be; where the trainer did not score the policy's own tokens, the
+    sampler's log-probs stand for its.
+    """
+    rollout, group = run.rollout, run.rollout.group
+    sampled = made['sampled']
+    mask = made['weights'][:, -sampled.shape[1] :]
     rewards = np.where(judged.failed, 0.0, judged.total)
-    kl = np.where(mask > 0, made['old'].astype(np.float64) - made['reference'], 0.0)  # k1: unbiased, as rewards must be
-    returns = np.zeros_like(mask)
+    told: dict[str, float] = {}
+    kl = np.zeros(mask.shape)
+    if 'reference' in made:
+        kl = np.where(mask > 0, made.get('old', sampled).astype(np.float64) - made['reference'], 0.0)
+        told = {'kl_written': float(kl.sum() / max(mask.sum(), 1.0)), 'kl_response': float(kl.sum(axis=1).mean())}
     match rollout.advantages:
         case 'grpo' | 'dr_grpo':
             each = advantages.grpo(filled(rewards, judged.failed, group), group, scale=rollout.advantages == 'grpo')
@@ -52,10 +62,9 @@ def weigh(run: Run, made: Rows, judged: Judged, kl_weight: float) -> tuple[Rows,
             given = advantages.per_token(rewards, kl, mask, kl_weight)
             each, returns = advantages.gae(given, made['values'], mask, discount=rollout.discount, decay=rollout.decay)
             each = advantages.whiten(each, mask)
+            made = made | {'returns': returns.astype(np.float32)}
     by_token = each if each.ndim == 2 else each[:, None] * (mask > 0)
-    told = {'kl_written': float(kl.sum() / max(mask.sum(), 1.0)), 'kl_response': float(kl.sum(axis=1).mean())}
-    names = {'advantages': by_token, 'returns': returns}
-    return made | {name: array.astype(np.float32) for name, array in names.items()}, told
+    return made | {'advantages': by_token.astype(np.float32)}, told
 
 
 def filled(rewards: np.ndarray, failed: np.ndarray, group: int) -> np.ndarray:

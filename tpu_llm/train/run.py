@@ -1,6 +1,7 @@
 """A training run as one typed object: pretraining, and every objective that trains on batches."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,10 @@ class Run:
                 f'data.seq_len = {self.data.seq_len} is longer than the {self.model.max_length} learned positions '
                 '(model.max_length)'
             )
+
+    def alarm(self, metrics: Mapping[str, Any]) -> str:
+        """What is to be said of a logged step's metrics; '' where all is well."""
+        return ''
 
     def _check_kinds(self) -> None:
         """Model, objective and batches must be made for each other."""

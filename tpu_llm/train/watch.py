@@ -70,7 +70,7 @@ class Watch:
         if due:
             self.log(step, {**self._line(step, metrics), **self._told})
             self._told = {}
-            for warning in self.alarm.due(step):
+            for warning in filter(None, (*self.alarm.due(step), self.session.run.alarm(metrics))):
                 self.session.print(warning)
         also = {k: v for k, v in self.latest.items() if k in SHOWN}
         self.session.reporter.update(step, {'loss': metrics['loss'], **also})
