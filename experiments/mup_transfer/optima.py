@@ -2,8 +2,9 @@
 
     python experiments/mup_transfer/optima.py runs/mup_transfer
 
-Reads each run's metrics.jsonl, writes `results.csv` (a line a run) beside this file and prints the table. An optimum is
-the minimum of a parabola through the lowest loss and its neighbours on the grid, over the logarithm of the rate.
+Reads each run's metrics.jsonl, writes `results.csv` (a line a run) and `rates.svg` beside this file and prints the
+table. An optimum is the minimum of a parabola through the lowest loss and its neighbours on the grid, over the
+logarithm of the rate.
 """
 
 import csv
@@ -14,7 +15,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
+
+matplotlib.use('Agg')
+from matplotlib import pyplot
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
@@ -43,6 +48,7 @@ def main(workdir: Path) -> None:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(Point._fields)
         writer.writerows(point._replace(loss=round(point.loss, 4)) for point in points)
+    picture(points)
     print(table(points))
 
 
@@ -52,14 +58,33 @@ def read(folder: Path) -> Point:
     return Point(mup == 'True', int(width), float(rate), statistics.mean(losses))
 
 
+def of(points: list[Point], mup: bool) -> list[Point]:
+    """Those of a parametrisation; at the base's width both are the same model."""
+    base = min(point.width for point in points)
+    return [point for point in points if point.mup == mup or point.width == base]
+
+
+def picture(points: list[Point]) -> None:
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout='constrained')
+    for panel, mup in zip(panels, (False, True), strict=True):
+        own = of(points, mup)
+        for width in sorted({point.width for point in own}):
+            line = [point for point in own if point.width == width]
+            panel.plot([point.rate for point in line], [point.loss for point in line], 'o-', label=f'width {width}')
+        panel.set(xscale='log', xlabel='learning rate', title='muP' if mup else 'standard')
+        panel.spines[['top', 'right']].set_visible(False)
+    panels[0].set_ylabel('training loss, nats a token')
+    panels[1].legend(frameon=False)
+    figure.savefig(HERE / 'rates.svg', metadata={'Date': None})
+
+
 def table(points: list[Point]) -> str:
     """In Markdown: the losses by rate, the optimum, and below the power of the width that it goes by."""
     rates = sorted({point.rate for point in points})
-    base = min(point.width for point in points)
     lines = ['| | width | ' + ' | '.join(f'{rate:g}' for rate in rates) + ' | best rate | its loss |']
     lines.append('|---' * (len(rates) + 4) + '|')
     for mup, title in ((False, 'standard'), (True, 'muP')):
-        own = [point for point in points if point.mup == mup or point.width == base]
+        own = of(points, mup)
         found = {}
         for width in sorted({point.width for point in own}):
             losses = {point.rate: point.loss for point in own if point.width == width}
