@@ -72,6 +72,9 @@ def picture(points: list[Point]) -> None:
             line = [point for point in own if point.width == width]
             panel.plot([point.rate for point in line], [point.loss for point in line], 'o-', label=f'width {width}')
         panel.set(xscale='log', xlabel='learning rate', title='muP' if mup else 'standard')
+        rates = sorted({point.rate for point in points})
+        panel.set_xticks(rates, [f'{rate:g}' for rate in rates])
+        panel.minorticks_off()
         panel.spines[['top', 'right']].set_visible(False)
     panels[0].set_ylabel('training loss, nats a token')
     panels[1].legend(frameon=False)
