@@ -181,11 +181,15 @@ def _of_scores(judged: Sequence[Record]) -> list[str]:
 def _of_pairs(judged: Sequence[Record]) -> list[str]:
     compared = [Compared(r['winner'], r['consistent'], Verdict(**r['given']), Verdict(**r['swapped'])) for r in judged]
     found = summary(compared)
-    return [
+    lines = [
         f'pairs              {len(judged):>8,}',
         f'a, b, tie          {found.a:,}, {found.b:,}, {found.ties:,}',
         f'inconsistent       {found.inconsistent:>8,}   ties because the verdict changed with the order',
         f'without a verdict  {found.without:>8,}',
-        f"a's points         {found.points}   a win is 1, a tie a half",
-        f'first place        {found.first}   of verdicts for one of the two; 0.5 is fair',
     ]
+    if found.without < len(judged):
+        lines += [
+            f"a's points         {found.points}   a win is 1, a tie a half",
+            f'first place        {found.first}   of verdicts for one of the two; 0.5 is fair',
+        ]
+    return lines
