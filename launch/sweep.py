@@ -11,7 +11,8 @@ goes on where a sweep was stopped or killed: what finished or diverged is passed
 
 --config     FILE.py or FILE.py:arg
 --config.…   sets one field in every run, as in launch/run.py
---workdir    the sweep's folder; default runs/<config>. In it: runs/NAME, table.csv, table.parquet, sweep.json
+--workdir    the sweep's folder; default runs/<config>. In it: runs/NAME, table.csv, table.parquet, sweep.json,
+             report.html
 --retries    how often a run that failed or was lost is tried again; default 1
 --changed    stop (default), or rerun: what to do with a run whose config is not that of the run in its folder
 --list       lists the runs and ends
@@ -88,6 +89,7 @@ def sweep(argv: list[str]) -> int:
 
 def _drive(jobs: list[Any], workdir: str, options: Any, overrides: list[str], console: Any) -> int:
     from tpu_llm.scaling import drive, record, show
+    from tpu_llm.scaling.points import counted
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -96,7 +98,7 @@ def _drive(jobs: list[Any], workdir: str, options: Any, overrides: list[str], co
     status = {job.name: drive.status_of(job) for job in jobs}
     board = show.Board(jobs, status)
     kept.begin(status)
-    say(f'{workdir}: {len(jobs)} runs: {board.counts()}')
+    say(f'{workdir}: {counted(len(jobs))}: {board.counts()}')
     if 'waiting' in status.values():
         engine = _engine(len(jobs), workdir, options, overrides, say)
         shown = show.Shown if console.is_terminal and not console.is_dumb_terminal else show.Lines
@@ -108,7 +110,19 @@ def _drive(jobs: list[Any], workdir: str, options: Any, overrides: list[str], co
     say(f'{board.counts()}; {workdir}/table.csv')
     if kept.missing:
         say(kept.missing)
+    if 'finished' in board.status.values():
+        say(_page(workdir))
     return UNFINISHED if 'failed' in board.status.values() else 0
+
+
+def _page(workdir: str) -> str:
+    """Where the page of all runs is, or why there is none."""
+    from tpu_llm.scaling.report import FILE, write_report
+
+    try:
+        return str(write_report(workdir))
+    except ConfigError as error:
+        return f'{FILE} is not written: {error}'
 
 
 def _engine(runs: int, workdir: str, options: Any, overrides: list[str], say: Any) -> Any:

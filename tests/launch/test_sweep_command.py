@@ -115,8 +115,8 @@ def test_it_says_what_happens(swept):
     said = [line.split('  ', 1)[-1] for line in swept[1].splitlines()]
     assert said[0] == f'{swept[0]}: 3 runs: 3 waiting'
     assert 'diverges diverged: stopped at step 4: the loss is nan' in said
-    assert any(line.startswith('rate=0.01 finished, loss ') for line in said)
-    assert said[-1] == f'2 finished, 1 diverged; {swept[0]}/table.csv'
+    assert any(line.startswith('rate=0.01 finished, heldout_loss ') for line in said)
+    assert said[-2:] == [f'2 finished, 1 diverged; {swept[0]}/table.csv', f'{swept[0]}/report.html']
 
 
 def test_the_same_command_passes_over_what_is_done(swept, page, main, capsys):
@@ -125,14 +125,23 @@ def test_the_same_command_passes_over_what_is_done(swept, page, main, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f'{swept[0]}: 3 runs: 2 finished, 1 diverged',
         f'2 finished, 1 diverged; {swept[0]}/table.csv',
+        f'{swept[0]}/report.html',
     ]
     assert (swept[0] / 'runs/rate=0.01/metrics.jsonl').read_bytes() == before
+
+
+def test_without_plotly_a_sweep_says_what_to_install(swept, page, main, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'plotly', None)
+    assert main(f'--config={page}', f'--workdir={swept[0]}') == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "report.html is not written: a page of many runs is drawn by plotly: pip install -e '.[report]'"
 
 
 def test_another_config_under_the_same_name_is_refused(swept, page, main, capsys):
     assert main(f'--config={page}:seed=3', f'--workdir={swept[0]}') == 2
     said = one_line(capsys.readouterr().err)
     assert said.startswith('run rate=0.01 was made with another config: config.seed: 0 → 3; ')
+    assert '--workdir=another' in said
     assert '--changed=rerun' in said
 
 

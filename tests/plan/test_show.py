@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
 
+from tests.browser import look, needs_chromium
 from tpu_llm.config import ConfigError
 from tpu_llm.plan import memory, show
 from tpu_llm.plan import plan as plans
@@ -428,20 +427,12 @@ def test_every_colour_is_defined(html):
     assert light == dark
 
 
-@pytest.mark.skipif(shutil.which('chromium') is None, reason='needs the program chromium')
-@pytest.mark.parametrize('width', [1280, 500])
+@needs_chromium
+@pytest.mark.parametrize('width', [1280, 390])
 def test_the_page_is_no_wider_than_the_window(html, tmp_path, width):
-    probe = '<script>document.title = document.documentElement.scrollWidth - innerWidth</script>'
-    (tmp_path / 'probe.html').write_text(html(SLOW_HOST) + probe)
-    flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking', '--dump-dom']
-    done = subprocess.run(
-        ['chromium', *flags, f'--user-data-dir={tmp_path / "profile"}', f'--window-size={width},900', 'probe.html'],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert int(re.search(r'<title>(.*)</title>', done.stdout)[1]) <= 0
+    page = look(html(SLOW_HOST), tmp_path, width)
+    assert page.overflow <= 0
+    assert page.fetched == page.console == []
 
 
 # -------------------------------------------------------------------------------------------------------------- JSON

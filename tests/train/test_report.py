@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from tests.browser import look, needs_chromium
 from tpu_llm.train.chart import BUCKETS, Series, chart, number, smooth, thin, ticks
 from tpu_llm.train.report import write_report
 
@@ -296,33 +297,24 @@ def test_names_cannot_break_out_of_the_page():
 
 # ----------------------------------------------------------------------------------------------- a real browser
 
-PROBE = """<script>
+PROBE = """
 const plot = document.querySelector('.plot'), box = plot.getBoundingClientRect();
 plot.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + box.width / 2, clientY: box.top}));
 const field = document.querySelector('input');
 field.value = 'WIDTH';
 field.dispatchEvent(new Event('input'));
-document.title = JSON.stringify({
+return {
   readout: plot.querySelector('.readout').innerText,
   rows: [...document.querySelectorAll('#config tr')].filter(row => !row.hidden).length,
-  overflow: document.documentElement.scrollWidth - innerWidth,
-});
-</script>"""
+};
+"""
 
 
-@pytest.mark.skipif(shutil.which('chromium') is None, reason='needs the program chromium')
-@pytest.mark.parametrize('width', [1280, 500])
+@needs_chromium
+@pytest.mark.parametrize('width', [1280, 390])
 def test_the_page_works_in_a_browser(html, tmp_path, width):
-    (tmp_path / 'probe.html').write_text(html.replace('<details>', '<details open>') + PROBE)
-    flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-background-networking', '--dump-dom']
-    done = subprocess.run(
-        ['chromium', *flags, f'--user-data-dir={tmp_path / "profile"}', f'--window-size={width},900', 'probe.html'],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    seen = json.loads(re.search(r'<title>(.*)</title>', done.stdout)[1])
-    assert re.match(r'step [34]\d\d\ntrain \d\.\d+( \(step [34]\d\d\))?\nheld-out \d\.\d+', seen['readout'])
-    assert seen['rows'] == 1
-    assert seen['overflow'] <= 0
+    page = look(html.replace('<details>', '<details open>'), tmp_path, width, PROBE)
+    assert re.match(r'step [34]\d\d\ntrain \d\.\d+( \(step [34]\d\d\))?\nheld-out \d\.\d+', page.seen['readout'])
+    assert page.seen['rows'] == 1
+    assert page.overflow <= 0
+    assert page.fetched == page.console == []

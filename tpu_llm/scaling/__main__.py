@@ -1,4 +1,4 @@
-"""Scaling laws, from counts of a model to what a pod is best spent on.
+"""Scaling laws, from counts of a model to what a pod is best spent on, and the page of a sweep.
 
     python -m tpu_llm.scaling count --config=configs/pretrain.py:size=1b
     python -m tpu_llm.scaling fit runs/isoflop_stdlib/table.csv --hold-out=1 --json > fit.json
@@ -8,6 +8,7 @@
     python -m tpu_llm.scaling serve --fit=fit.json --flops=1e22 --served=1e13
     python -m tpu_llm.scaling budget --fit=fit.json --chips=v5e-256 --hours=24
     python -m tpu_llm.scaling coordinates --config=configs/quickstart.py:smoke
+    python -m tpu_llm.scaling report runs/isoflop_stdlib
 
 `python -m tpu_llm.scaling COMMAND --help` lists a command's options; docs/scaling.md is the tour.
 """

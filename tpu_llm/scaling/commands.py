@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from etils import epath
 from rich.console import Console
 from rich.text import Text
 
@@ -17,12 +18,13 @@ from tpu_llm.parallel import chips
 from tpu_llm.plan.cache import default
 from tpu_llm.scaling import fit as fits
 from tpu_llm.scaling import printed, saved
-from tpu_llm.scaling.allocate import allocate
+from tpu_llm.scaling.allocate import allocate, no_optimum
 from tpu_llm.scaling.coordinates import add_coordinates, coordinates
 from tpu_llm.scaling.counts import count
-from tpu_llm.scaling.envelope import envelope
+from tpu_llm.scaling.envelope import curves, envelope
 from tpu_llm.scaling.laws import Chinchilla, Law, Repeats
 from tpu_llm.scaling.points import Points, Table, drop_highest, hold_out, read
+from tpu_llm.scaling.report import write_report
 from tpu_llm.scaling.serving import optimal, trade
 from tpu_llm.scaling.spend import MFU, choices, flops_of, guess, spend
 from tpu_llm.scaling.valleys import Profiles, profiles
@@ -34,8 +36,8 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
-def _table(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('csv', metavar='CSV', help="a sweep's table.csv, or any table")
+def _table(parser: argparse.ArgumentParser, about: str = "a sweep's table.csv, or any table") -> None:
+    parser.add_argument('csv', metavar='CSV', help=about)
     parser.add_argument('--columns', default='', help="what other tables call theirs: 'N=Model Size,C=FLOP,loss=L'")
     parser.add_argument('--at-least', default='', help='leaves out runs whose column holds less: steps=200')
     parser.add_argument('--bootstraps', type=int, default=1000, help='default 1000')
@@ -74,7 +76,12 @@ def fit(options: Options) -> int:
     table = _read(options)
     runs = drop_highest(table.points, options.drop_highest) if options.drop_highest else table.points
     fitted, held = hold_out(runs, _held(options.hold_out))
-    found = fits.fit(_law(options), fitted, bootstraps=options.bootstraps, seed=options.seed)
+    law = _law(options)
+    try:
+        fits.check_enough(law, fitted)
+    except ConfigError as error:
+        raise ConfigError(f'{error}: {printed.there(table, fitted, held)}') from None
+    found = fits.fit(law, fitted, bootstraps=options.bootstraps, seed=options.seed)
     valleys = _valleys(fitted, options) if table.budgets else None
     if options.json:
         print(json.dumps(saved.plain(found, held, table.left_out, valleys), indent=1, allow_nan=False))
@@ -149,12 +156,15 @@ def valleys(options: Options) -> int:
 
 def add_envelope(parser: argparse.ArgumentParser) -> None:
     """the least loss of training curves at each number of FLOPs; a row is one moment of the run in column `name`"""
-    _table(parser)
+    _table(parser, 'a table of moments, or the folder of a sweep, whose runs logged theirs')
 
 
 def show_envelope(options: Options) -> int:
-    table = _read(options)
-    _console().print(printed.envelope(envelope(table.points, bootstraps=options.bootstraps, seed=options.seed)))
+    logged = epath.Path(options.csv).is_dir()
+    if logged and (options.columns or options.at_least):
+        raise ConfigError(f'--columns and --at-least are for a table, and {options.csv} is a folder; take them out')
+    moments = curves(options.csv) if logged else _read(options).points
+    _console().print(printed.envelope(envelope(moments, bootstraps=options.bootstraps, seed=options.seed)))
     return 0
 
 
@@ -188,6 +198,14 @@ def show_count(options: Options) -> int:
 # ---------------------------------------------------------------------------------------------------- serve, budget
 
 
+def _saved(options: Options) -> fits.Fit:
+    """A fit that says where a budget goes."""
+    fit = saved.load(options.fit)
+    if problem := no_optimum(fit):
+        raise ConfigError(f'{options.fit} has {problem}')
+    return fit
+
+
 def add_serve(parser: argparse.ArgumentParser) -> None:
     """how much smaller and longer to train a model that will serve so many tokens"""
     parser.add_argument('--fit', required=True, metavar='FIT.json')
@@ -197,7 +215,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def serve(options: Options) -> int:
-    fit = saved.load(options.fit)
+    fit = _saved(options)
     served, price = number('--served', options.served), number('--price', options.price)
     first, _ = optimal(fit, number('--flops', options.flops), served, price)
     best = trade(fit, first.loss, served, price)
@@ -223,7 +241,7 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
 
 
 def budget(options: Options) -> int:
-    fit, where = saved.load(options.fit), chips.find(options.chips)
+    fit, where = _saved(options), chips.find(options.chips)
     hours, mfu = number('--hours', options.hours), number('--mfu', options.mfu)
     if options.compiles < 0 or (options.compiles and not options.config):
         raise ConfigError('--compiles is how many layouts of a candidate are compiled; name one or more: --config=…')
@@ -240,6 +258,21 @@ def budget(options: Options) -> int:
     return 0
 
 
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """a sweep's runs on one page: curves, settings, valleys, a law, the table"""
+    parser.add_argument('workdir', metavar='WORKDIR', help='the folder of a sweep')
+    parser.add_argument('--metric', default='loss', metavar='COLUMN', help='of table.csv, such as final.bits_per_byte')
+    parser.add_argument('--highest', action='store_true', help='more of the metric is better; default: less')
+
+
+def report(options: Options) -> int:
+    print(write_report(options.workdir, options.metric, highest=options.highest))
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[Options], Any]]] = {
     'fit': (add_fit, fit),
     'valleys': (add_valleys, valleys),
@@ -248,5 +281,6 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[O
     'serve': (add_serve, serve),
     'budget': (add_budget, budget),
     'coordinates': (add_coordinates, coordinates),
+    'report': (add_report, report),
 }
 CONFIGURED = ('count', 'budget', 'coordinates')  # these take --config.field=value, too

@@ -2,12 +2,14 @@
 
 import csv
 import dataclasses
+import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from tpu_llm.config import ConfigError, nearest
 
@@ -74,32 +76,38 @@ class Table:
 
     def __str__(self) -> str:
         said = ', '.join(f'{count} {reason}' for reason, count in self.left_out.items())
-        return f'{len(self.points)} runs' + (f' ({said} left out)' if said else '')
+        return counted(len(self.points)) + (f' ({said} left out)' if said else '')
+
+
+def counted(runs: int) -> str:
+    return '1 run' if runs == 1 else f'{runs} runs'
 
 
 def read(
-    path: str | Path, columns: Mapping[str, str] | None = None, at_least: Mapping[str, float] | None = None
+    path: epath.PathLike, columns: Mapping[str, str] | None = None, at_least: Mapping[str, float] | None = None
 ) -> Table:
     """The runs of a CSV file. `columns` says what it calls N, D, C, loss, U, budget, name and status, if not so.
 
     Of N, D and C two are enough, by C = 6 N D. A run counts where its status, if there is that column, is `finished`,
     its loss is a finite number above 0 and the columns of `at_least` hold so much. Raises ConfigError for a missing
-    column or a number that is none.
+    file or column, or a number that is none.
     """
-    with open(path, newline='', encoding='utf-8-sig') as file:
-        rows = csv.DictReader(file)
-        there, lines = list(rows.fieldnames or ()), list(rows)
+    if not epath.Path(path).exists():
+        raise ConfigError(f'there is no file {path}')
+    rows = csv.DictReader(io.StringIO(epath.Path(path).read_bytes().decode('utf-8-sig'), newline=''))
+    there, lines = list(rows.fieldnames or ()), list(rows)
     where, limits = _places(Path(path).name, there, dict(columns or {})), dict(at_least or {})
     for name in limits:
         if name not in there:
             raise ConfigError(f'{Path(path).name} has no column {name!r}{nearest(name, there)}')
     kept, left_out = [], Counter()
     for number, line in enumerate(lines, 2):
-        reason = _reason(line, where) or _less(line, limits, f'{Path(path).name} line {number}')
+        place = f'{Path(path).name} line {number}'
+        reason = _reason(line, where, place) or _less(line, limits, place)
         if reason:
             left_out[reason] += 1
         else:
-            kept.append((f'{Path(path).name} line {number}', line))
+            kept.append((place, line))
 
     def column(letter: str) -> np.ndarray | None:
         if letter not in where:
@@ -154,7 +162,7 @@ def _places(file: str, there: list[str], said: dict[str, str]) -> dict[str, str]
     return where
 
 
-def _reason(line: dict[str, str], where: dict[str, str]) -> str:
+def _reason(line: dict[str, str], where: dict[str, str], place: str) -> str:
     """Why a run does not count; empty where it does."""
     status = (line[where['status']] or '').strip() if 'status' in where else 'finished'
     if status != 'finished':
@@ -164,8 +172,8 @@ def _reason(line: dict[str, str], where: dict[str, str]) -> str:
         return '' if 0 < float(text) < math.inf else 'without a finite loss'
     except ValueError:
         if text:
-            message = f'{text!r} in column {where["loss"]!r} is no loss; name another: --columns loss=…'
-            raise ConfigError(message) from None
+            message = f'{place}: {text!r} in column {where["loss"]!r} is no loss; mend it, or name another column: '
+            raise ConfigError(message + '--columns loss=…') from None
         return 'without a finite loss'
 
 

@@ -233,10 +233,10 @@ for (const filter of document.querySelectorAll('input[data-filters]')) {
 """
 
 
-def page(title: str, header: str, main: str, footer: str) -> str:
-    """The whole document around three pieces of HTML; `title` is plain text."""
+def page(title: str, header: str, main: str, footer: str, head: str = '') -> str:
+    """The whole document around three pieces of HTML; `title` is plain text, `head` further HTML for `<head>`."""
     return (
-        f'{_HEAD}<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n'
+        f'{_HEAD}<title>{escape(title)}</title>\n<style>{_STYLE}</style>{head}\n</head>\n<body>\n'
         f'<header>\n{header}\n</header>\n<main>\n{main}\n</main>\n<footer>{footer}</footer>\n'
         f'<script>{_SCRIPT}</script>\n</body>\n</html>\n'
     )
