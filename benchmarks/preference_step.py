@@ -33,10 +33,10 @@ from tpu_llm.parallel.compile import Compiled
 from tpu_llm.parallel.mesh import Mesh
 from tpu_llm.parallel.rules import PRESETS
 from tpu_llm.parallel.sharding import Layout
-from tpu_llm.train.frozen import Frozen
+from tpu_llm.train.frozen import start_frozen
 from tpu_llm.train.setup import param_infos
 from tpu_llm.train.state import create_state
-from tpu_llm.train.step import StepOptions, make_step
+from tpu_llm.train.step import make_step
 
 BATCH, LENGTH, PROMPT, ROUNDS, STEPS = 8, 256, 32, 7, 3
 CONTESTANTS = {'SFT': NextToken(), 'DPO': DPO(), 'DPO, stored': DPO(reference='stored')}
@@ -68,14 +68,16 @@ class Contestant:
         layout = Layout(Mesh().make(jax.devices()[:1]), PRESETS['zero3'])
         decoder = dataclasses.replace(model.get_config().model, unroll=0).make()
         graph = ModelGraph(decoder)
-        tx = AdamW(schedule=Schedule(peak=1e-6, warmup=10)).make(param_infos(graph), 10_000)
+        schedule = Schedule(peak=1e-6, warmup=10)
+        tx = AdamW(schedule=schedule).make(param_infos(graph), 10_000)
         self.state = create_state(decoder, graph, tx, layout, seed=0, ema=False)
-        self.frozen, reference = None, None
+        self.frozen, reference = start_frozen(schedule.peak, 0, layout), None
         if objective.needs_frozen:
             reference = graph
-            self.frozen = Frozen(other=jax.tree.map(lambda x: x.copy(), self.state.params))
+            other = jax.tree.map(lambda x: x.copy(), self.state.params)
+            self.frozen = dataclasses.replace(self.frozen, other=other)
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        step = make_step(graph, objective, tx, layout, StepOptions(seed=0), reference)
+        step = make_step(graph, objective, tx, layout, reference=reference)
         self.step = Compiled('train step', step, donate=(0,), out_shardings=(shardings, None))
         self.batch = jax.device_put(rows(objective.reads), layout.replicated)
 

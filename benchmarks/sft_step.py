@@ -36,9 +36,10 @@ from tpu_llm.parallel.compile import Compiled
 from tpu_llm.parallel.mesh import Mesh
 from tpu_llm.parallel.rules import PRESETS
 from tpu_llm.parallel.sharding import Layout
+from tpu_llm.train.frozen import start_frozen
 from tpu_llm.train.setup import param_infos
 from tpu_llm.train.state import create_state
-from tpu_llm.train.step import StepOptions, make_step
+from tpu_llm.train.step import make_step
 
 ROUNDS, STEPS = 7, 8
 RUN = model.get_config()
@@ -54,10 +55,12 @@ class Contestant:
         layout = Layout(Mesh().make(jax.devices()[:1]), PRESETS['zero3'])
         decoder = RUN.model.make()
         graph = ModelGraph(decoder)
-        tx = AdamW(schedule=Schedule(peak=1e-4, warmup=10)).make(param_infos(graph), 10_000)
+        schedule = Schedule(peak=1e-4, warmup=10)
+        tx = AdamW(schedule=schedule).make(param_infos(graph), 10_000)
         self.state = create_state(decoder, graph, tx, layout, seed=0, ema=False)
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        step = make_step(graph, NextToken(), tx, layout, StepOptions(seed=0))
+        self.frozen = start_frozen(schedule.peak, 0, layout)
+        step = make_step(graph, NextToken(), tx, layout)
         self.step = Compiled('train step', step, donate=(0,), out_shardings=(shardings, None))
         self.place = layout.replicated
         tokenizer = open_tokenizer(data, folder)
@@ -65,7 +68,7 @@ class Contestant:
 
     def run(self):
         batch, _ = next(self.batches)
-        self.state, metrics = self.step(self.state, None, jax.device_put(batch, self.place))
+        self.state, metrics = self.step(self.state, self.frozen, jax.device_put(batch, self.place))
         metrics['loss'].block_until_ready()
 
     def shares(self):

@@ -27,7 +27,7 @@ STEPS, VOCABULARY = 500, 1024
 
 
 def sweep(arg=None):
-    """Four widths x five learning rates: programs of four shapes, and a step of its own for each run."""
+    """Four widths x five learning rates: programs of four shapes, which the rates share."""
     for point in product(width=[48, 64, 96, 128], rate=[1e-3, 2e-3, 4e-3, 8e-3, 16e-3]):
         run = get_config('smoke')
         run.data.tokenizer, run.model.vocab_size = TrainedBPE(vocab_size=VOCABULARY), VOCABULARY

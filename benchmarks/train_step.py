@@ -31,9 +31,10 @@ from tpu_llm.parallel.compile import Compiled
 from tpu_llm.parallel.mesh import Mesh
 from tpu_llm.parallel.rules import PRESETS
 from tpu_llm.parallel.sharding import Layout
+from tpu_llm.train.frozen import start_frozen
 from tpu_llm.train.setup import param_infos
 from tpu_llm.train.state import create_state
-from tpu_llm.train.step import StepOptions, make_step
+from tpu_llm.train.step import make_step
 
 BATCH, LENGTH, ROUNDS, STEPS = 8, 256, 5, 4
 MODEL = model.get_config().model
@@ -64,7 +65,8 @@ class Ours:
         tx = optimizer.make(param_infos(graph), 10_000)
         self.state = create_state(decoder, graph, tx, layout, seed=0, ema=False)
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        step = make_step(graph, NextToken(), tx, layout, StepOptions(seed=0))
+        self.frozen = start_frozen(optimizer.schedule.peak, 0, layout)
+        step = make_step(graph, NextToken(), tx, layout)
         self.step = Compiled('train step', step, donate=(0,), out_shardings=(shardings, None))
         t = tokens()
         ones, places = np.ones((BATCH, LENGTH), np.int32), np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
@@ -73,7 +75,7 @@ class Ours:
         self.batch = jax.device_put(batch, layout.replicated)
 
     def run(self):
-        self.state, metrics = self.step(self.state, None, self.batch)
+        self.state, metrics = self.step(self.state, self.frozen, self.batch)
         metrics['loss'].block_until_ready()
 
 

@@ -155,7 +155,7 @@ def run(optimizer, gradients=GRADIENTS, infos=INFOS):
     state = tx.init(params)
     history = []
     for count, g in enumerate(gradients):
-        params, state, _ = step(to_jax(g), state, params, jnp.int32(count))
+        params, state, _ = step(to_jax(g), state, params, jnp.int32(count), FLAT.peak)
         history.append({name: np.asarray(value, np.float64) for name, value in params.items()})
     return history
 
@@ -251,7 +251,7 @@ def test_the_rate_is_that_of_the_given_step():
     tx = SGD(schedule=Schedule(peak=0.1, warmup=3), momentum=0.0, clip=0.0).make(INFOS, 100)
     state = tx.init(VALUES)
     for step, expected in [(0, 0.1 / 3), (1, 0.2 / 3), (1, 0.2 / 3), (99, 0.01)]:
-        after, state, rate = tx(GRADIENTS[0], state, VALUES, jnp.int32(step))
+        after, state, rate = tx(GRADIENTS[0], state, VALUES, jnp.int32(step), 0.1)
         np.testing.assert_allclose(rate, expected, rtol=1e-6)
         for path, value in VALUES.items():
             np.testing.assert_allclose(after[path], value - expected * GRADIENTS[0][path], atol=1e-6)
@@ -314,7 +314,7 @@ class Form:
         params, update = self.params, jax.jit(lambda *args: tx(*args))
         state = tx.init(params)
         for step in range(2):
-            params, state, _ = update(self.gradient(params), state, params, jnp.int32(step))
+            params, state, _ = update(self.gradient(params), state, params, jnp.int32(step), FLAT.peak)
         weights = {}
         for name, value in params.items():
             stack, group, _, rest = (*name.split('.', 3), '', '', '')[:4]

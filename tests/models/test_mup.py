@@ -142,7 +142,7 @@ def trained(graph, weights, optimizer, batch):
 
     def step(carry, count):
         weights, state = carry
-        weights, state, _ = tx(jax.grad(loss)(weights, count), state, weights, count)
+        weights, state, _ = tx(jax.grad(loss)(weights, count), state, weights, count, optimizer.schedule.peak)
         return (weights, state), None
 
     (weights, _), _ = jax.jit(lambda w: jax.lax.scan(step, (w, tx.init(w)), jnp.arange(4)))(weights)

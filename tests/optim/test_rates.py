@@ -18,8 +18,8 @@ VALUE, GRADIENT = RANDOM.standard_normal((2, 6, 5))
 def moved(optimizer, gradient, **info):
     """What one step takes off a matrix."""
     tx = optimizer.make({'up.kernel': ParamInfo('DF', 'D', **info)}, 10)
-    params = {'up.kernel': jnp.asarray(VALUE, jnp.float32)}
-    after, _, _ = tx({'up.kernel': jnp.asarray(gradient, jnp.float32)}, tx.init(params), params, jnp.int32(0))
+    params, gradients = ({'up.kernel': jnp.asarray(x, jnp.float32)} for x in (VALUE, gradient))
+    after, _, _ = tx(gradients, tx.init(params), params, jnp.int32(0), FLAT.peak)
     return VALUE - np.asarray(after['up.kernel'], np.float64)
 
 

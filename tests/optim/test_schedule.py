@@ -12,7 +12,7 @@ def rates(steps, **fields):
     schedule = Schedule(peak=2.0, **fields)
     schedule.validate()
     rate = schedule.make(steps)
-    return [float(rate(step)) for step in range(steps)]
+    return [schedule.peak * float(rate(step)) for step in range(steps)]
 
 
 @pytest.mark.parametrize('decay', ['cosine', 'linear', 'wsd', 'constant'])

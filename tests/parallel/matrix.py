@@ -34,8 +34,9 @@ from tpu_llm.parallel.compile import Compiled
 from tpu_llm.parallel.mesh import AXES
 from tpu_llm.parallel.pipeline import Pipeline
 from tpu_llm.parallel.sharding import Layout
+from tpu_llm.train.frozen import start_frozen
 from tpu_llm.train.state import abstract_state
-from tpu_llm.train.step import StepOptions, make_step
+from tpu_llm.train.step import make_step
 
 SHAPE = {'vocab_size': 1000, 'heads': 16, 'kv_heads': 8, 'head_dim': 2, 'mlp_width': 24}
 MODELS = {
@@ -189,13 +190,13 @@ def one_step(model: str, layout: Layout, weights: dict[str, np.ndarray]) -> tupl
     before = real(params, graph)
     step = Compiled(
         'step',
-        make_step(graph, OBJECTIVES.get(model, NextToken(chunk=2)), tx, layout, StepOptions(seed=0)),
+        make_step(graph, OBJECTIVES.get(model, NextToken(chunk=2)), tx, layout),
         donate=(0,),
         out_shardings=(jax.tree.map(lambda x: x.sharding, like), None),
     )
     place = layout.named(layout.rules.activations, 'BT', BATCH.tokens.shape)
     batch = jax.tree.map(lambda x: jax.device_put(x, place), BATCH)
-    new, metrics = step(dataclasses.replace(state, params=params), None, batch)
+    new, metrics = step(dataclasses.replace(state, params=params), start_frozen(1.0, 0, layout), batch)
     after = real(new.params, graph)
     return float(metrics['loss']), {name: before[name] - after[name] for name in before}
 

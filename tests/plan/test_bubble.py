@@ -6,8 +6,9 @@ from configs.pretrain import get_config
 from tpu_llm.parallel.mesh import Mesh
 from tpu_llm.parallel.pipeline import Pipeline, overhead
 from tpu_llm.plan.program import read
-from tpu_llm.train.setup import abstract_batch, make_graph, make_layout, make_train_step, param_infos
+from tpu_llm.train.setup import abstract_batch, make_graphs, make_layout, make_train_step, param_infos
 from tpu_llm.train.state import abstract_state
+from tpu_llm.train.weights import abstract_frozen
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 LAYERS = 8
@@ -20,10 +21,11 @@ def executed(stages, circles=1):
     run.data.seq_len, run.data.global_batch = 64, 64
     run.mesh, run.pipeline = Mesh(stage=stages, data=8 // stages, fsdp=1), Pipeline(microbatches=8, circles=circles)
     layout = make_layout(run)
-    graph = make_graph(run, layout)
-    tx = run.optimizer.make(param_infos(graph), 10)
-    state = abstract_state(graph, tx, layout, ema=False)
-    step = make_train_step(run, graph, tx, layout, state).program(state, None, abstract_batch(run, layout))
+    graphs = make_graphs(run, layout)
+    tx = run.optimizer.make(param_infos(graphs.model), 10)
+    state = abstract_state(graphs.model, tx, layout, ema=False)
+    args = state, abstract_frozen(run, graphs, layout), abstract_batch(run, layout)
+    step = make_train_step(run, graphs.model, tx, layout, state).program(*args)
     head = 6 * run.data.global_batch * run.data.seq_len * run.model.width * run.model.vocab_size / 8
     return read(step.as_text()).flops - head
 

@@ -17,6 +17,7 @@ from tpu_llm.optim.optimizer import SGD
 from tpu_llm.optim.schedule import Schedule
 from tpu_llm.train import metrics
 from tpu_llm.train.experts import CollapseAlarm, effective_number, worst_layer
+from tpu_llm.train.frozen import start_frozen
 from tpu_llm.train.loop import fit
 from tpu_llm.train.state import create_state
 from tpu_llm.train.step import StepOptions, make_step
@@ -131,11 +132,12 @@ def after():
     graph, layout = toy.graph(toy.config(layers=2, moe=moe)), toy.layout()
     tx = SGD(schedule=Schedule(peak=0.1, decay='constant')).make(toy.infos(graph), 10)
     batch = toy.batch([[1] * 5 + [2] * 3, [1] * 6 + [0] * 2, [1] * 2 + [0] * 6, [1] * 8])
+    frozen = start_frozen(0.1, 0, layout)
 
     def step(count):
-        options = StepOptions(seed=0, accumulate=count, ema=0.75)
+        options = StepOptions(accumulate=count, ema=0.75)
         state = create_state(graph.bind(graph.shapes()), graph, tx, layout, seed=0, ema=True)
-        return jax.jit(make_step(graph, NextToken(chunk=4), tx, layout, options))(state, None, batch)
+        return jax.jit(make_step(graph, NextToken(chunk=4), tx, layout, options))(state, frozen, batch)
 
     return {count: step(count) for count in (1, 2)}
 

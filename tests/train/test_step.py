@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import toy
 from flax import nnx
 
@@ -18,9 +19,11 @@ from tpu_llm.nn.param import Constant, param
 from tpu_llm.optim.optimizer import SGD, AdamW
 from tpu_llm.optim.schedule import Schedule
 from tpu_llm.parallel.compile import Compiled
-from tpu_llm.train.frozen import Frozen
-from tpu_llm.train.state import TrainState, create_state
+from tpu_llm.train.frozen import start_frozen
+from tpu_llm.train.setup import abstract_batch, make_graphs, make_layout, make_train_step, param_infos
+from tpu_llm.train.state import TrainState, abstract_state, create_state
 from tpu_llm.train.step import StepOptions, make_step
+from tpu_llm.train.weights import abstract_frozen
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -74,17 +77,18 @@ INFINITE = dataclasses.replace(BATCH, tokens=BATCH.tokens.at[0, 0].set(TRAP))
 class Trainer:
     """A state, and the compiled step that changes it."""
 
-    def __init__(self, optimizer=PLAIN, *, layout=None, **options):
+    def __init__(self, optimizer=PLAIN, *, layout=None, seed=0, **options):
         layout = layout or toy.layout()
+        self.frozen = start_frozen(optimizer.schedule.peak, seed, layout)
         tx = optimizer.make(toy.infos(GRAPH), 1000)
         model = GRAPH.bind(GRAPH.shapes())
         self.state: TrainState = create_state(model, GRAPH, tx, layout, seed=0, ema=options.get('ema', 0) > 0)
-        step = make_step(GRAPH, Pull(), tx, layout, StepOptions(seed=0, **options))
+        step = make_step(GRAPH, Pull(), tx, layout, StepOptions(**options))
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         self.step = Compiled('step', step, donate=(0,), out_shardings=(shardings, None))
 
-    def __call__(self, batch=BATCH, frozen=None):
-        self.state, metrics = self.step(self.state, frozen, batch)
+    def __call__(self, batch=BATCH, other=None):
+        self.state, metrics = self.step(self.state, dataclasses.replace(self.frozen, other=other), batch)
         return {name: float(value) for name, value in metrics.items()}
 
     @property
@@ -208,23 +212,54 @@ def test_the_average_follows_the_parameters():
 
 
 def test_noise_depends_on_the_seed_the_step_and_the_microbatch():
-    def noise(steps=(0, 1), seed=0, accumulate=1):
-        tx = PLAIN.make(toy.infos(GRAPH), 10)
-        step = jax.jit(make_step(GRAPH, Pull(), tx, toy.layout(), StepOptions(seed=seed, accumulate=accumulate)))
-        states = [dataclasses.replace(Trainer().state, step=jnp.int32(i)) for i in steps]
-        return [float(step(state, None, BATCH)[1]['noise']) for state in states]
+    def noise(**options):
+        trainer = Trainer(**options)
+        return [trainer()['noise'] for _ in range(2)]
 
     assert noise() == noise()
     assert len({*noise(), *noise(seed=1), *noise(accumulate=2)}) == 6
 
 
+@pytest.mark.parametrize('optimizer', [SGD, AdamW])
+def test_runs_at_other_rates_and_seeds_are_one_program(optimizer):
+    kinds = [(0.5, 0), (0.125, 1)]
+    trainers = [Trainer(optimizer(schedule=Schedule(peak=peak, warmup=4)), seed=seed) for peak, seed in kinds]
+    first, second = (each.step.lower(each.state, each.frozen, BATCH).as_text() for each in trainers)
+    assert first == second
+    metrics = [each() for each in trainers]
+    assert metrics[0]['noise'] != metrics[1]['noise']
+    assert [each['learning_rate'] for each in metrics] == [0.125, 0.03125]
+    np.testing.assert_array_equal(trainers[0].value, 4 * trainers[1].value)
+    assert trainers[0].value.any()
+
+
+def test_the_step_of_a_run_knows_neither_rate_nor_seed():
+    """Nor whether it is lowered for the arrays of a run or for their shapes."""
+
+    def program(peak, seed, frozen_of):
+        run = tiny.get_config()
+        run.optimizer.schedule.peak, run.seed = peak, seed
+        layout = make_layout(run)
+        graphs = make_graphs(run, layout)
+        tx = run.optimizer.make(param_infos(graphs.model), run.steps)
+        state = abstract_state(graphs.model, tx, layout, ema=True)
+        step = make_train_step(run, graphs.model, tx, layout, state)
+        return step.lower(state, frozen_of(run, graphs, layout), abstract_batch(run, layout)).as_text()
+
+    def started(run, graphs, layout):
+        return start_frozen(run.optimizer.schedule.peak, run.seed, layout)
+
+    assert program(1e-2, 0, abstract_frozen) == program(3e-3, 5, started)
+
+
 def test_what_is_frozen_enters_as_an_argument_and_survives():
-    trainer, frozen = Trainer(), jnp.ones(())
-    shifted = trainer(frozen=Frozen(other=frozen))['targets']
+    trainer, other = Trainer(), jnp.ones(())
+    shifted = trainer(other=other)['targets']
     assert shifted == pytest.approx(Trainer()()['targets'] + 1)
-    trainer(frozen=Frozen(other=frozen + 1))
+    trainer(other=other + 1)
     assert trainer.step.compiles == 1
-    assert not frozen.is_deleted()
+    assert not other.is_deleted()
+    assert not trainer.frozen.key.is_deleted()
 
 
 def test_the_state_is_donated_and_the_step_compiles_once():

@@ -12,6 +12,8 @@ from tpu_llm.data.loader import Data
 from tpu_llm.data.packing import Waiting, fill_row
 from tpu_llm.data.streams import fit, in_order
 
+FEW = 10  # steps; fewer are hardly what is meant by some epochs
+
 
 def run_steps(data: Data, docs: Sequence[Documents], *, steps: int = 0, tokens: int = 0, epochs: float = 0.0) -> int:
     """The number of steps; the caller gives one of the three lengths, and the last step is never cut short.
@@ -25,22 +27,45 @@ def run_steps(data: Data, docs: Sequence[Documents], *, steps: int = 0, tokens: 
     return math.ceil((tokens or epochs * epoch_positions(data, docs)) / per_step)
 
 
+def few_steps(data: Data, docs: Sequence[Documents], *, steps: int, epochs: float) -> str:
+    """What is to be said where the epochs of a run are few steps: rows are full, however little there is to read. Else
+    ''.
+    """
+    if not epochs or not 0 < steps < FEW:
+        return ''
+    per_step = data.global_batch * data.seq_len
+    tokens = sum(pairs for name, d in _named(data, docs) for pairs, _ in _sizes(data, name, d))
+    return (
+        f'{epochs:g} {"epoch" if epochs == 1 else "epochs"} of {tokens:,} tokens are {steps} '
+        f'{"step" if steps == 1 else "steps"} of {per_step:,}, in which each document stands about '
+        f'{steps * per_step / tokens:.0f} times; give smaller data.seq_len and data.global_batch, or set steps'
+    )
+
+
 def epoch_positions(data: Data, docs: Sequence[Documents]) -> int:
     """The positions that one pass over all sources fills, as `overlong` has it; of whole documents with padding."""
-    return sum(_positions(data, name, d) for name, d in zip(data.mixture.sources, docs, strict=True))
+    return sum(_positions(data, name, d) for name, d in _named(data, docs))
+
+
+def _named(data: Data, docs: Sequence[Documents]) -> Iterator[tuple[str, Documents]]:
+    return zip(data.mixture.sources, docs, strict=True)
 
 
 def _positions(data: Data, name: str, docs: Documents) -> int:
-    if docs.kind != 'text':
-        sizes = _example_sizes(data, docs)
-    elif data.whole:
-        sizes = ((pairs, 1) for pairs in _text_pairs(data, name, docs).tolist())
-    else:
+    if docs.kind == 'text' and not data.whole:
         return int(_text_pairs(data, name, docs).sum())
+    sizes = _sizes(data, name, docs)
     reading, waiting, rows = (Waiting(pairs, texts, None) for pairs, texts in sizes), list[Waiting](), 0
     while fill_row(waiting, lambda: next(reading, None), data.seq_len, data.most_texts):
         rows += 1
     return rows * data.seq_len
+
+
+def _sizes(data: Data, name: str, docs: Documents) -> Iterator[tuple[int, int]]:
+    """Pairs and texts of every document that is read."""
+    if docs.kind != 'text':
+        return _example_sizes(data, docs)
+    return ((pairs, 1) for pairs in _text_pairs(data, name, docs).tolist())
 
 
 def _text_pairs(data: Data, name: str, docs: Documents) -> np.ndarray:

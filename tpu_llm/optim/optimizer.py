@@ -34,7 +34,7 @@ class Update:
     """
 
     direction: optax.GradientTransformation
-    rate: optax.Schedule
+    schedule: optax.Schedule  # step → its rate as a share of the peak
     nudges: Mapping[str, float]  # parameters that are not optimised, and how far a step moves them
 
     def init(self, params: Arrays) -> optax.OptState:
@@ -42,11 +42,18 @@ class Update:
 
     @jax.named_scope('optimizer')
     def __call__(
-        self, gradients: Arrays, state: optax.OptState, params: Arrays, step: Int[Array, '']
+        self,
+        gradients: Arrays,
+        state: optax.OptState,
+        params: Arrays,
+        step: Int[Array, ''],
+        peak: Float[Array, ''] | float,
     ) -> tuple[Arrays, optax.OptState, Float[Array, '']]:
-        """Parameters and state after an update at `step` (which counts from 0), and the learning rate it took."""
+        """Parameters and state after an update at `step` (which counts from 0), and the learning rate it took, of a
+        schedule with that peak.
+        """
         directions, state = self.direction.update(self._optimised(gradients), state, self._optimised(params))
-        rate = jnp.asarray(self.rate(step), jnp.float32)
+        rate = peak * jnp.asarray(self.schedule(step), jnp.float32)
         nudged = {path: by * _sign(gradients[path]) for path, by in self.nudges.items()}
         moved = jax.tree.map(lambda direction: rate * direction, directions) | nudged
         return {path: value - moved[path] for path, value in params.items()}, state, rate

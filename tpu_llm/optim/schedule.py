@@ -32,7 +32,10 @@ class Schedule:
             raise ConfigError(f'final = {self.final} and cooldown = {self.cooldown} are shares from 0 to 1')
 
     def make(self, steps: int) -> optax.Schedule:
-        """step → learning rate. Raises ConfigError where the warm-up leaves no steps to train."""
+        """step → learning rate, as a share of the peak. Raises ConfigError where the warm-up leaves no steps to train.
+
+        The peak itself is an argument of the training step: runs that differ in nothing else share a compiled one.
+        """
         warmup = int(self.warmup if self.warmup >= 1 else self.warmup * steps)
         if warmup >= steps and warmup > 0:
             raise ConfigError(
@@ -42,16 +45,16 @@ class Schedule:
         # The first step after the warm-up takes the peak, the last one the final rate.
         fall = max(1, steps - warmup - 1)
         if self.decay == 'cosine':
-            tail = optax.cosine_decay_schedule(self.peak, fall, alpha=self.final)
+            tail = optax.cosine_decay_schedule(1.0, fall, alpha=self.final)
         elif self.decay == 'linear':
-            tail = optax.linear_schedule(self.peak, self.peak * self.final, fall)
+            tail = optax.linear_schedule(1.0, self.final, fall)
         elif self.decay == 'wsd':
             cooldown = min(fall, max(1, round(steps * self.cooldown)))
-            tail = optax.linear_schedule(self.peak, self.peak * self.final, cooldown, fall - cooldown)
+            tail = optax.linear_schedule(1.0, self.final, cooldown, fall - cooldown)
         else:
-            tail = optax.constant_schedule(self.peak)
+            tail = optax.constant_schedule(1.0)
         if not warmup:
             return tail
         # The first step already moves: with warm-up 10 it takes peak / 10.
-        rising = optax.linear_schedule(self.peak / warmup, self.peak, warmup - 1)
+        rising = optax.linear_schedule(1 / warmup, 1.0, warmup - 1)
         return optax.join_schedules([rising, tail], [warmup])

@@ -152,7 +152,7 @@ def _moved(run: Run, model: DecoderConfig, batch: Batch, steps: int, seeds: int)
     def moved(seed: Any, batch: Batch) -> dict[str, Array]:
         def step(carry: tuple[Params, Any], count: Array) -> tuple[tuple[Params, Any], None]:
             weights, state = carry
-            weights, state, _ = tx(jax.grad(loss)(weights, batch, count), state, weights, count)
+            weights, state, _ = tx(jax.grad(loss)(weights, batch, count), state, weights, count, peak)
             return (weights, state), None
 
         drawn = draw(graph.leaves, seed)

@@ -46,7 +46,7 @@ class Session:
     ledger: Ledger
     writers: Writers
     reporter: Reporter
-    frozen: Frozen = dataclasses.field(default_factory=Frozen)  # once it is loaded
+    frozen: Frozen  # its weights once they are loaded
 
     @property
     def graph(self) -> ModelGraph:

@@ -12,7 +12,7 @@ from tpu_llm.arrays import Array, Batch
 from tpu_llm.checkpoint import fence, resume
 from tpu_llm.config import ConfigError, dump
 from tpu_llm.data.lanes import Table
-from tpu_llm.data.length import run_steps
+from tpu_llm.data.length import few_steps, run_steps
 from tpu_llm.data.loader import Loader, open_documents, open_tokenizer
 from tpu_llm.data.tokenizer import Tokenizer
 from tpu_llm.models.decoder_config import DecoderConfig
@@ -26,7 +26,7 @@ from tpu_llm.parallel.compile import Compiled
 from tpu_llm.parallel.rules import BATCH, PRESETS
 from tpu_llm.parallel.sharding import Layout
 from tpu_llm.train import weights
-from tpu_llm.train.frozen import Frozen
+from tpu_llm.train.frozen import Frozen, start_frozen
 from tpu_llm.train.ledger import Ledger
 from tpu_llm.train.metrics import JsonLines, TensorBoard, WandB, Writers
 from tpu_llm.train.progress import progress
@@ -137,7 +137,7 @@ def make_train_step(
     run: Run, graph: ModelGraph, tx: Update, layout: Layout, state: TrainState, reference: ModelGraph | None = None
 ) -> Compiled:
     """The step of a run, `step(state, frozen, batch)`, to be compiled. Of `state` only shapes and shardings count."""
-    options = StepOptions(seed=run.seed, accumulate=run.accumulate, ema=run.ema, spike=run.spike)
+    options = StepOptions(accumulate=run.accumulate, ema=run.ema, spike=run.spike)
     return Compiled(
         'train step',
         make_step(graph, run.objective, tx, layout, options, reference),
@@ -180,6 +180,7 @@ def open_session(run: Run, workdir: epath.Path, ledger: Ledger, token: fence.Fen
         tx=tx,
         train_step=make_train_step(run, graph, tx, layout, state, graphs.reference),
         saved=Saved(graph, state),
+        frozen=start_frozen(run.optimizer.schedule.peak, run.seed, layout),
         tokenizer=feed.tokenizer,
         feed=feed,
         steps=steps,
@@ -189,6 +190,8 @@ def open_session(run: Run, workdir: epath.Path, ledger: Ledger, token: fence.Fen
     )
     for check in filter(None, (getattr(hook, 'check', None) for hook in run.hooks)):
         check(session)
+    if said := few_steps(run.data, feed.documents, steps=steps, epochs=run.epochs):
+        session.print(said)
     return session
 
 
@@ -222,7 +225,7 @@ def restore_or_create(session: Session) -> tuple[TrainState, Frozen, resume.Resu
     restored = resumed.kind in ('run', 'parent')
     whole = restored and len(graphs.model.trained) == len(graphs.model.leaves)  # the checkpoint has every weight
     start = {} if whole else weights.starting(run, graphs, layout, tokenizer)
-    frozen = weights.frozen(run, graphs, layout, tokenizer, start)
+    frozen = weights.with_held(session.frozen, run, graphs, layout, tokenizer, start)
     if restored:
         return saved.state(resumed.arrays), frozen, resumed
     params = {name: start[name] for name in graphs.model.trained}

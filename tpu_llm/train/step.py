@@ -18,7 +18,7 @@ from tpu_llm.train.state import Params, TrainState
 
 Metrics = dict[str, Array]
 LossSum = Callable[[Params, Batch, Array], tuple[Array, Sums]]
-Step = Callable[[TrainState, Frozen | None, Batch], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
 
 # The moving loss statistics forget with a half-life of about 70 steps, and judge from step 100 on.
 _MEMORY = 0.99
@@ -27,7 +27,6 @@ _JUDGE_FROM = 100
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StepOptions:
-    seed: int
     accumulate: int = 1
     ema: float = 0.0
     spike: float = 0.0
@@ -38,10 +37,11 @@ def make_step(
     objective: Objective,
     tx: Update,
     layout: Layout,
-    options: StepOptions,
+    options: StepOptions = StepOptions(),
     reference: ModelGraph | None = None,
 ) -> Step:
-    """`step(state, frozen, batch) -> (state, metrics)`; jit it with the state donated.
+    """`step(state, frozen, batch) -> (state, metrics)`; jit it with the state donated. `frozen` brings the peak of the
+    learning rate and the key of what is drawn.
 
     With a `reference` the objective's `frozen` is that model with the weights `frozen.other`, or, where there are none,
     those that do not train.
@@ -51,10 +51,10 @@ def make_step(
     learning rate, a metric too, is that of the step, whatever was skipped before it.
     """
 
-    def step(state: TrainState, frozen: Frozen | None, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         with sharding.use(layout):
-            key = jax.random.fold_in(jax.random.key(options.seed), state.step)
-            loss_sum = _loss_sum(graph, objective, frozen or Frozen(), reference, state.step)
+            key = jax.random.fold_in(frozen.key, state.step)
+            loss_sum = _loss_sum(graph, objective, frozen, reference, state.step)
             sums, gradients = _accumulate(loss_sum, graph, state.params, batch, key, options.accumulate, layout)
             weight = sums.pop('weight')
             divisor = jnp.where(weight > 0, weight, 1.0)  # a batch of padding has neither loss nor gradient
@@ -65,7 +65,9 @@ def make_step(
             good = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['grad_norm'])
             if options.spike:
                 good &= ~_is_spike(state, metrics['loss'], options.spike)
-            params, optimizer, metrics['learning_rate'] = tx(gradients, state.optimizer, state.params, state.step)
+            params, optimizer, metrics['learning_rate'] = tx(
+                gradients, state.optimizer, state.params, state.step, frozen.peak
+            )
             new = _advance(state, params, optimizer, metrics['loss'], options.ema)
             kept = dataclasses.replace(
                 jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state),

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from tpu_llm.checkpoint import resume
 from tpu_llm.checkpoint.pretrained import Source
@@ -35,16 +36,16 @@ def starting(run: Run, graphs: Graphs, layout: Layout, tokenizer: str) -> Params
     return weights if run.peft is None else _adapted(run, weights, graphs, layout)
 
 
-def frozen(run: Run, graphs: Graphs, layout: Layout, tokenizer: str, start: Params) -> Frozen:
-    """What the run holds besides its state, of weights it starts from."""
+def with_held(frozen: Frozen, run: Run, graphs: Graphs, layout: Layout, tokenizer: str, start: Params) -> Frozen:
+    """The same with the weights that the run holds besides its state, of those that it starts from."""
     base = {name: value for name, value in start.items() if name not in graphs.model.trained}
     reference = run.reference
     if reference is None:
-        return Frozen(base=base)
+        return dataclasses.replace(frozen, base=base)
     assert graphs.reference is not None
     path, field = (reference.weights, 'reference.weights') if reference.weights else (run.origin.weights, 'weights')
     other = of_model(path, reference.model or run.model, graphs.reference, layout, tokenizer, run.seed, field)
-    return Frozen(base=base, other=jax.tree.map(lambda x: x.astype(reference.dtype), other))
+    return dataclasses.replace(frozen, base=base, other=jax.tree.map(lambda x: x.astype(reference.dtype), other))
 
 
 def abstract_frozen(run: Run, graphs: Graphs, layout: Layout) -> Frozen:
@@ -53,12 +54,14 @@ def abstract_frozen(run: Run, graphs: Graphs, layout: Layout) -> Frozen:
     def place(name: str, leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=param_sharding(layout, name, leaf))
 
+    like = jax.eval_shape(lambda: Frozen(peak=jnp.zeros(()), key=jax.random.key(0)))
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.replicated), like)
     leaves = graphs.model.leaves
     base = {name: place(name, leaf, leaf.dtype) for name, leaf in leaves.items() if name not in graphs.model.trained}
     if run.reference is None or graphs.reference is None:
-        return Frozen(base=base)
+        return dataclasses.replace(frozen, base=base)
     other = {name: place(name, leaf, run.reference.dtype) for name, leaf in graphs.reference.leaves.items()}
-    return Frozen(base=base, other=other)
+    return dataclasses.replace(frozen, base=base, other=other)
 
 
 def of_model(
