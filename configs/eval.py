@@ -13,8 +13,8 @@ the model's chat template; `dtype=bfloat16` halves the memory. Scores are kept i
 the same command a second time only prints them. For the perplexity of any text see configs/evaluate.py.
 """
 
-from configs.chat import named
 from configs.sizes import decoder
+from tpu_llm.checkpoint.named import named
 from tpu_llm.config import parse_arg
 from tpu_llm.data.tokenizer import Bytes
 from tpu_llm.evals.candidate import Saved, Untrained

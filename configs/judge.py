@@ -4,6 +4,7 @@
     python launch/run.py --config=configs/judge.py:data=responses.jsonl,path=path/to/folder-or-file.gguf
     python launch/run.py --config=configs/judge.py:data=pairs.jsonl --config.judge.rubric.text='The better poem wins.'
     python -m tpu_llm.evals agreement runs/judge-…/verdicts.jsonl     # the judge against people: fields label, verdict
+    python -m tpu_llm.evals agreement runs/judge-…/verdicts.jsonl --verdict=winner      # the same of pairs
     python -m tpu_llm.evals arena runs/judge-…/verdicts.jsonl         # ratings of who wrote them: fields a, b, winner
 
 A line of `data` has `prompt` and `response`, or `response_a` and `response_b`. It writes verdicts.jsonl in the workdir,
@@ -18,8 +19,8 @@ in form.
 from pathlib import Path
 
 import tpu_llm
-from configs.chat import named
 from configs.sizes import decoder
+from tpu_llm.checkpoint.named import named
 from tpu_llm.config import parse_arg
 from tpu_llm.data.tokenizer import Bytes
 from tpu_llm.evals.candidate import Saved, Untrained

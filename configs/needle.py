@@ -12,8 +12,8 @@ chance); without, it must stand in the answer. `chat` asks in the model's own te
 `--config.tokens`, which says how many are read at once.
 """
 
-from configs.chat import named
 from configs.sizes import decoder
+from tpu_llm.checkpoint.named import named
 from tpu_llm.config import ConfigError, parse_arg
 from tpu_llm.data.tokenizer import Bytes
 from tpu_llm.evals.candidate import Saved, Untrained

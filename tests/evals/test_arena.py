@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -112,7 +115,7 @@ def test_who_never_lost_has_no_finite_rating():
     assert 'low: won or tied no battle with the models above' in found.warnings[1]
     beside = rate([*core, Battle('all', 'a', 1.0), Battle('all', 'other', 1.0)], draws=5)
     assert math.isnan(values(beside)['other'])
-    assert 'other: has no place' in beside.warnings[-1]
+    assert 'other: has no place' in ' '.join(beside.warnings)
 
 
 def test_a_resample_without_the_only_loss_opens_the_interval():
@@ -120,6 +123,10 @@ def test_a_resample_without_the_only_loss_opens_the_interval():
     best = rate(given, draws=200).islands[0][0]
     assert best.rating.value == pytest.approx(MEAN + 200 * math.log10(9))
     assert best.rating.low < best.rating.value
+    always = rate([Battle('a', 'b', 1.0), Battle('b', 'a', 1.0)], draws=50)
+    assert always.islands[0][0].rating.high == math.inf
+    (warning,) = always.warnings
+    assert warning.startswith('a, b: in some resamples no finite rating is the likeliest')
 
 
 def test_what_is_no_battle_is_said(tmp_path, capsys):
@@ -139,6 +146,15 @@ def test_what_is_no_battle_is_said(tmp_path, capsys):
         assert told in capsys.readouterr().err
 
 
+def test_who_reads_no_further_ends_it_in_silence():
+    end, start = os.pipe()
+    os.close(end)
+    asked = [sys.executable, '-m', 'tpu_llm.evals', 'arena', '--help']
+    done = subprocess.run(asked, stdout=start, stderr=subprocess.PIPE, check=True)
+    os.close(start)
+    assert done.stderr == b''
+
+
 def test_from_the_command_line(tmp_path, capsys):
     file = tmp_path / 'battles.jsonl'
     rows = [{'a': 'x', 'b': 'y', 'winner': winner} for winner in ('a', 'a', 'a', 'b', 'tie', None)]
@@ -148,6 +164,8 @@ def test_from_the_command_line(tmp_path, capsys):
     assert told.out.startswith('6 battles, 1 without a verdict left out\n')
     assert 'rank  model' in told.out
     assert '2 islands' in told.err
+    assert command.main(['arena', str(file), str(file), '--draws=40']) == 0
+    assert capsys.readouterr().out.startswith('12 battles, 2 without')
     assert command.main(['arena', str(file), '--draws=40', '--json']) == 0
     found = json.loads(capsys.readouterr().out)
     x, y = found['islands'][0]

@@ -33,6 +33,8 @@ def test_each_way_takes_its_choice(outcome):
     # Likeliest: i. A token: −1, −0.75, −1.65, −1.5. A byte: −1, −0.5, −0.55, −1.5. PMI: 2, 0.1, 0.1, −0.5.
     chosen = {'accuracy': 3, 'accuracy_tokens': 1, 'accuracy_bytes': 1, 'accuracy_pmi': 0}
     assert all(sample['chosen'] == chosen for sample in found.samples)
+    assert [sample['wanted'] for sample in found.samples] == [0, 1, 2, 3, 3]
+    assert found.samples[0]['choices'] == ['ab', 'cdefgh', 'ééé', 'i']
     right = {name: found.metrics[name].value for name in chosen}
     assert right == {'accuracy': 2 / 5, 'accuracy_tokens': 1 / 5, 'accuracy_bytes': 1 / 5, 'accuracy_pmi': 1 / 5}
 

@@ -137,7 +137,7 @@ def test_from_the_command_line_to_the_score_of_the_clean_rows(files, capsys):
     assert command.main(['contamination', f'--task={file}', *data]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith(f'{file}: 4 rows against 2 documents, ')
-    assert told[1] == 'contaminated                   1   0.250 [0.046, 0.699]'
+    assert told[1] == 'contaminated             1 of 4 checked   0.250 [0.046, 0.699]'
     assert told[3].startswith('line 9: 18 of 18 runs of words: ')
     assert told[3].endswith(f'in {folder}/a.jsonl, line 2')
     assert [line.split()[:4] for line in told[-3:]] == [
@@ -150,14 +150,34 @@ def test_from_the_command_line_to_the_score_of_the_clean_rows(files, capsys):
     assert [(row['line'], row['clean']) for row in out] == [(8, True), (9, False), (10, True), (11, True)]
 
 
+def test_rows_too_short_to_be_checked_are_in_no_share(files, capsys):
+    folder, rows = files
+    file = folder / 'mine.task'
+    lines = [json.dumps({'question': each, 'answer': 'yes'}) for each in (*rows, 'short', 'brief')]
+    file.write_text(TASK + '\n'.join(lines))
+    outcome = Outcome({'exact': measures.mean([0.0, 1.0, 1.0, 1.0, 0.0, 1.0])}, [{}] * 6)
+    made = score(task.read(file, catalogue.KINDS), outcome, 0, 1.0)
+    write_results(folder / 'run', {'model': 'm', 'identity': 'i'}, [made])
+    asked = ['contamination', f'--data={folder}/a.jsonl', '--words=13']
+    assert command.main([*asked, f'--task={file}', f'--results={folder}/run']) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[1:3] == [
+        'contaminated             1 of 4 checked   0.250 [0.046, 0.699]',
+        'too short to be checked  2',
+    ]
+    assert told[-1].split()[:6] == ['exact', 'not', 'checked', '2', 'rows', '0.500']
+    assert command.main([*asked, '--task=arithmetic']) == 0
+    assert capsys.readouterr().out.splitlines()[1] == 'contaminated             0 of 0 checked'
+
+
 def test_the_sources_of_a_training_run(files, capsys):
     folder, rows = files
     (folder / 'rows.jsonl').write_text(json.dumps({'q': rows[1], 'other': rows[0]}))
     asked = ['contamination', f'--task={folder}/rows.jsonl', '--fields=q']
     assert command.main([*asked, f'--config=configs/pretrain.py:smoke,data={folder}/a.jsonl']) == 0
-    assert 'contaminated                   1' in capsys.readouterr().out
+    assert 'contaminated             1 of 1 checked' in capsys.readouterr().out
     assert command.main([*asked, '--fields=other', f'--config=configs/pretrain.py:smoke,data={folder}/a.jsonl']) == 0
-    assert 'contaminated                   0' in capsys.readouterr().out
+    assert 'contaminated             0 of 1 checked' in capsys.readouterr().out
 
 
 def test_what_cannot_be_looked_for_is_said(files, capsys):
@@ -173,6 +193,7 @@ def test_what_cannot_be_looked_for_is_said(files, capsys):
         ([f'--task={rows_file}', '--config=configs/chat.py'], 'describes a Chat, which reads no training data'),
         ([f'--task={folder}/none.jsonl', data], 'there is no file'),
         ([f'--task={rows_file}', f'--data={folder}/none.txt'], 'no file matches'),
+        ([f'--task={rows_file}', data, f'--results={folder}/no'], f'there is no file {folder}/no/results.json; give'),
     ):
         assert command.main(['contamination', *options]) == 2
         assert told in capsys.readouterr().err

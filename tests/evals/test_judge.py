@@ -214,6 +214,8 @@ def test_verdicts_on_pairs_are_battles_and_are_weighed_against_people(judging, t
     file = tmp_path / 'run/verdicts.jsonl'
     assert command.main(['agreement', str(file), '--verdict=winner', '--draws=20']) == 0
     assert capsys.readouterr().out.startswith('9 items, 1 without a verdict'.replace('9', '8'))
+    assert command.main(['agreement', str(file)]) == 2
+    assert "line 1 has no 'verdict' but a winner, as pairs have; add --verdict=winner" in capsys.readouterr().err
     assert command.main(['arena', str(file), '--draws=20', '--json']) == 0
     (island,) = json.loads(capsys.readouterr().out)['islands']
     assert {row['model']: row['points'] for row in island} == {'big': 8, 'small': 0}
@@ -293,7 +295,12 @@ def test_the_page_judges_pairs_that_come_with_the_package(tmp_path, capsys, quic
     run.judge.max_new_tokens = 2
     run.main(str(tmp_path))
     assert [(each['winner'], each['given']['tries']) for each in lines(tmp_path)] == [(None, 2)] * 2
-    assert 'without a verdict         2' in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert 'without a verdict         2' in told
+    assert told.splitlines()[-1] == f'{tmp_path}/verdicts.jsonl'
+    with pytest.raises(ConfigError):
+        page.get_config(f'path={tmp_path}/none').main(str(tmp_path / 'new'))
+    assert not (tmp_path / 'new').exists()
     pairs = [record for _, record in page.get_config().records()]
     assert len(pairs) == 36
     order = ['right', 'evasive', 'wrong']

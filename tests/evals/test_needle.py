@@ -111,7 +111,9 @@ def test_a_whole_run_with_a_tiny_model(score, tmp_path, capsys):
     made = json.loads((tmp_path / 'needle.json').read_text())
     assert (made['model'], made['score']) == ('untrained', score)
     assert [(cell['length'], cell['depth'], cell['trials']) for cell in made['cells']] == [(256, 0.0, 1), (256, 1.0, 1)]
-    assert 'untrained\n   tokens' in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert 'untrained\n   tokens' in told
+    assert told.splitlines()[-1] == f'{tmp_path}/needle.json'
 
 
 def test_a_grid_goes_on_and_is_not_mixed_with_another(tmp_path, monkeypatch):
@@ -122,6 +124,12 @@ def test_a_grid_goes_on_and_is_not_mixed_with_another(tmp_path, monkeypatch):
     assert [each.max_length for each in candidate.settings] == [464, 864]
     with pytest.raises(RunError, match=r'is of another grid .*; give another workdir'):
         grid(trials=3).main(str(tmp_path))
+
+
+def test_a_model_that_is_not_there_leaves_no_workdir(tmp_path):
+    with pytest.raises(ConfigError):
+        page.get_config(f'path={tmp_path}/none').main(str(tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize(

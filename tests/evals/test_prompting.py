@@ -55,6 +55,12 @@ def test_zero_shot_asks_the_question_alone():
     assert (ask.max_new_tokens, ask.temperature, ask.times, ask.stop) == (8, 0.0, 1, ('\nQ:',))
 
 
+@pytest.mark.parametrize('given', [['a', 'b'], [['a']], [['a', 'a'], ['b', 'b']]])
+def test_a_writer_of_another_shape_is_told_which(given):
+    with pytest.raises(ConfigError, match=r'^write was given 2 prompts; it returns a list for each, of 1 \(ask'):
+        ask_all(ZeroShot(), ['a?', 'b?'], [], lambda prompts, ask: given)
+
+
 def test_few_shots_are_shown_before_it():
     write = Script(lambda prompt: ' 5')
     assert FewShot(reads='number').ask('2 + 3?', [EXAMPLE], write).text == '5'

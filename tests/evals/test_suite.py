@@ -91,6 +91,8 @@ def test_scores_are_written_and_shown(suite, capsys):
         ('texts', 2, 0),
     ]
     shown = capsys.readouterr().out
+    assert shown.splitlines()[0] == 'untrained'
+    assert shown.splitlines()[-1] == f'{folder}/run/results.json'
     for score in scores:
         assert score.task in shown
         for name, found in score.metrics.items():
@@ -141,7 +143,7 @@ def test_what_was_asked_is_kept(suite, capsys):
     asked.clear()
     made.main(str(folder / 'again'))
     assert asked == []
-    assert capsys.readouterr().out == first
+    assert capsys.readouterr().out == first.replace(f'{folder}/run', f'{folder}/again')
     assert (folder / 'again/results.json').read_text() == (folder / 'run/results.json').read_text()
     (folder / 'texts.task').write_text(TEXTS.replace('words', 'sword'))
     made.main(str(folder / 'again'))
@@ -201,7 +203,7 @@ def test_two_models_on_the_same_rows(suite, capsys):
     assert command.main(['compare', str(folder / 'a'), str(folder / 'c')]) == 2
     assert 'error: task picks has other rows in the second (3 and 2); evaluate both' in capsys.readouterr().err
     assert command.main(['compare', str(folder / 'a'), str(folder)]) == 2
-    assert f'error: {folder} holds no whole evaluation (' in capsys.readouterr().err
+    assert f'error: there is no file {folder}/results.json; give the workdir of' in capsys.readouterr().err
 
 
 def test_too_few_examples_are_told_of_first(suite):

@@ -10,6 +10,7 @@ Each says more with --help.
 """
 
 import argparse
+import os
 import sys
 from typing import Protocol
 
@@ -41,9 +42,14 @@ def main(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest='command', required=True)
     for name, (said, module) in COMMANDS.items():
         module.arguments(commands.add_parser(name, help=said, description=said, allow_abbrev=False))
-    options = parser.parse_args(argv)
     try:
-        COMMANDS[options.command][1].run(options)
+        try:
+            options = parser.parse_args(argv)
+            COMMANDS[options.command][1].run(options)
+        finally:
+            sys.stdout.flush()  # --help leaves by an exception
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written at Python's end
     except (ConfigError, RunError, OSError) as error:
         print('error:', ' '.join(str(error).split()), file=sys.stderr)
         return 2

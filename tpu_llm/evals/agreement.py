@@ -130,6 +130,8 @@ def run(options: argparse.Namespace) -> None:
         judge = str(value_of(record, options.by, where)) if options.by else 'all'
         labels, verdicts = judges.setdefault(judge, ([], []))
         labels.append(_label(value_of(record, options.label, where), options.label, where))
+        if options.verdict not in record and 'winner' in record:
+            raise ConfigError(f'{where} has no {options.verdict!r} but a winner, as pairs have; add --verdict=winner')
         verdict = value_of(record, options.verdict, where)
         verdicts.append(None if verdict is None else _label(verdict, options.verdict, where))
     found = {judge: measure(*given, draws=options.draws) for judge, given in judges.items()}

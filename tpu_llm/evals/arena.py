@@ -6,6 +6,7 @@ Ratings are the likeliest ones, so they do not depend on the order of battles, a
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -177,7 +178,7 @@ def _log_odds(points: np.ndarray) -> np.ndarray:
 
 
 def _unbounded(island: Sequence[Rating]) -> list[str]:
-    """A word on the models whose rating is infinite or has no place."""
+    """A word on the models whose rating or interval is infinite, or that have no place."""
     said = []
     for value, what in ((np.inf, 'lost or tied'), (-np.inf, 'won or tied')):
         if names := [each.model for each in island if each.rating.value == value]:
@@ -188,6 +189,12 @@ def _unbounded(island: Sequence[Rating]) -> list[str]:
             )
     if names := [each.model for each in island if math.isnan(each.rating.value)]:
         said.append(f'{", ".join(names)}: has no place among the others yet; more battles may give it one')
+    bounds = [(each.model, each.rating.low, each.rating.high) for each in island if math.isfinite(each.rating.value)]
+    if names := [name for name, *ends in bounds if any(map(math.isinf, ends))]:
+        said.append(
+            f'{", ".join(names)}: in some resamples no finite rating is the likeliest, so the interval reaches to -inf '
+            'or inf; more battles narrow it'
+        )
     return said
 
 
@@ -197,7 +204,8 @@ _WINNERS = {'a': 1.0, 'b': 0.0, 'tie': 0.5}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('file', help='JSONL: a battle a line, {"a": model, "b": model, "winner": "a", "b" or "tie"}')
+    battle = '{"a": model, "b": model, "winner": "a", "b" or "tie"}'
+    parser.add_argument('files', nargs='+', metavar='file', help=f'JSONL: a battle a line, {battle}')
     parser.add_argument('--draws', type=int, default=1000, help='resamples of the bootstrap (%(default)s)')
     parser.add_argument('--json', action='store_true', help='ratings as JSON')
 
@@ -205,12 +213,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Raises ConfigError, naming the line, for what is no battle."""
     battles, without = [], 0
-    for where, record in read(options.file):
+    for where, record in itertools.chain.from_iterable(map(read, options.files)):
         battle = _battle(record, where)
         battles += [battle] if battle else []
         without += battle is None
     if not battles:
-        raise ConfigError(f'{options.file}: none of the {without} battles has a winner')
+        raise ConfigError(f'{", ".join(options.files)}: none of the {without} battles has a winner')
     found = rate(battles, draws=options.draws)
     if options.json:
         print(json.dumps(_json(found, len(battles), without), indent=2))

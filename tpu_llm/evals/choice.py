@@ -72,8 +72,15 @@ class Choice(Form):
         metrics['probability'] = mean([one.probability() for one in weighed])
         metrics['answer_bits'] = Measured(np.array([one.surprise() for one in weighed]), 'bits')
         samples = [
-            {'asked': prompt, 'log_probs': one.log_probs.tolist(), 'anyway': one.anyway.tolist(), 'chosen': taken}
-            for prompt, one, taken in zip(prompts, weighed, chosen, strict=True)
+            {
+                'asked': prompt,
+                'choices': row.fields['choices'],
+                'wanted': row.fields['answer'],
+                'log_probs': one.log_probs.tolist(),
+                'anyway': one.anyway.tolist(),
+                'chosen': taken,
+            }
+            for prompt, row, one, taken in zip(prompts, task.rows, weighed, chosen, strict=True)
         ]
         return Outcome(metrics, samples)
 

@@ -46,10 +46,7 @@ def compare(first: Sequence[Score], second: Sequence[Score]) -> list[tuple[Score
 
 
 def _read(path: str) -> tuple[str, list[Score]]:
-    try:
-        about, scores = read_results(epath.Path(path).expanduser())
-    except FileNotFoundError as error:
-        raise ConfigError(f'{path} holds no whole evaluation ({error.filename} is missing); give its workdir') from None
+    about, scores = read_results(epath.Path(path).expanduser())
     return f'{about["model"]} ({path})', scores
 
 

@@ -23,8 +23,7 @@ from tpu_llm.config import ConfigError
 from tpu_llm.data.documents import Documents
 from tpu_llm.data.sources import Jsonl, Text
 from tpu_llm.data.tokenizer import Tokenizer, TrainedBPE
-from tpu_llm.evals import measures, records, task
-from tpu_llm.evals.catalogue import KINDS
+from tpu_llm.evals import catalogue, measures, records
 from tpu_llm.evals.intervals import share
 from tpu_llm.evals.kept import read_results
 from tpu_llm.evals.measures import Measured
@@ -162,7 +161,7 @@ def _texts(name: str, documents: Documents, tokenizer: Callable[[], Tokenizer] |
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--task', required=True, help='a .task file, or JSONL')
+    parser.add_argument('--task', required=True, help="one of the package's tasks, a .task file, or JSONL")
     parser.add_argument('--fields', default='', help='fields of a row that are looked for, with commas; default: all')
     parser.add_argument('--config', help='FILE.py[:arg] of a training run, whose sources are read')
     parser.add_argument('--data', nargs='+', help='files or globs: .jsonl with a field text, and plain text')
@@ -212,9 +211,10 @@ def run(options: argparse.Namespace) -> None:
 def told(found: Sequence[Row]) -> list[str]:
     """How many rows, and which."""
     dirty = [row for row in found if row.found]
-    unknown = sum(not row.checked for row in found)
-    lines = [f'contaminated             {len(dirty):>7,}   {share(len(dirty), len(found))}']
-    lines += [f'too short to be checked  {unknown:>7,}']
+    checked = sum(row.checked for row in found)
+    of_these = f'   {share(len(dirty), checked)}' if checked else ''
+    lines = [f'contaminated             {len(dirty):,} of {checked:,} checked{of_these}']
+    lines += [f'too short to be checked  {len(found) - checked:,}']
     for row in dirty:
         each = row.found[0]
         more = f' and {each.documents - 1:,} more' if each.documents > 1 else ''
@@ -224,7 +224,7 @@ def told(found: Sequence[Row]) -> list[str]:
 
 
 def without(workdir: str, name: str, found: Sequence[Row]) -> list[str]:
-    """An evaluation's metrics over all rows, over those that are clean, and over those that are not."""
+    """An evaluation's metrics over all rows, those that are clean, that are not, and that were not checked."""
     about, scores = read_results(epath.Path(workdir).expanduser())
     score = next((each for each in scores if each.task == name), None)
     if score is None:
@@ -237,6 +237,7 @@ def without(workdir: str, name: str, found: Sequence[Row]) -> list[str]:
         'all': list(range(len(lines_of))),
         'clean': [at for at, line in enumerate(lines_of) if clean[line]],
         'contaminated': [at for at, line in enumerate(lines_of) if clean[line] is False],
+        'not checked': [at for at, line in enumerate(lines_of) if clean[line] is None],
     }
     lines = ['', f'{about["model"]} on {name}']
     for metric in score.metrics:
@@ -250,8 +251,9 @@ def without(workdir: str, name: str, found: Sequence[Row]) -> list[str]:
 
 def _rows(path: str, fields: Sequence[str]) -> list[tuple[int, list[str]]]:
     """(line, texts) of the rows that are scored. Raises ConfigError where one has no text to look for."""
-    if path.endswith('.task'):
-        given = [(row.line, f'{path} line {row.line}', row.fields) for row in task.read(path, KINDS).rows]
+    if path.endswith('.task') or path in catalogue.shipped():
+        (asked,) = catalogue.find([path])
+        given = [(row.line, f'{path} line {row.line}', row.fields) for row in asked.rows]
     else:
         given = [(int(where.rpartition(' ')[2]), where, record) for where, record in records.read(path)]
         given = [each for each in given if not each[2].get('example')]

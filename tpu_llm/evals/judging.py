@@ -54,8 +54,8 @@ class Judging:
         validate(self)
         given = list(self.records())
         file = epath.Path(workdir) / FILE
-        file.parent.mkdir(parents=True, exist_ok=True)
         candidate, console = self.model.open(), Console(stderr=True, highlight=False, soft_wrap=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         made = f'{self.name or candidate.name} ({digest(self)})'
         done = _done(file, made, len(given))
         write: Write | None = None
@@ -70,7 +70,7 @@ class Judging:
             console.print(
                 f'judged {len(done):,} of {len(given):,}; the last {len(part)} in {time.monotonic() - begun:.0f} s'
             )
-        Console(highlight=False, soft_wrap=True).print('\n'.join(told(done, self.label)), markup=False)
+        Console(highlight=False, soft_wrap=True).print('\n'.join([*told(done, self.label), str(file)]), markup=False)
 
     def records(self) -> Iterator[tuple[str, Record]]:
         """Raises ConfigError for a record that cannot be judged, or is of another kind than the first."""

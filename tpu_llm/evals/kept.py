@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from tpu_llm.config import ConfigError
 from tpu_llm.data.documents import fingerprint
 from tpu_llm.evals.intervals import Estimate
 from tpu_llm.evals.measures import Measured, estimate
 from tpu_llm.evals.task import Outcome, Task
 from tpu_llm.train.metrics import replace_text
 
-_FORM = 1  # of these files and of how metrics are computed: what is kept under another is asked anew
+RESULTS = 'results.json'
+_FORM = 2  # of these files and of how metrics are computed: what is kept under another is asked anew
 
 Record = dict[str, Any]
 
@@ -126,16 +128,17 @@ def write_results(folder: epath.Path, about: Mapping[str, Any], scores: list[Sco
     """results.json, and the rows of the newest score in samples/."""
     (folder / 'samples').mkdir(parents=True, exist_ok=True)
     write_lines(folder / 'samples' / f'{scores[-1].task}.jsonl', scores[-1].samples)
-    replace_text(
-        folder / 'results.json', json.dumps({**about, 'scores': [each.summary() for each in scores]}, indent=2)
-    )
+    replace_text(folder / RESULTS, json.dumps({**about, 'scores': [each.summary() for each in scores]}, indent=2))
 
 
 def read_results(folder: epath.Path) -> tuple[Record, list[Score]]:
-    """What `write_results` wrote, score by score. Raises FileNotFoundError where it is not there."""
-    results = json.loads((folder / 'results.json').read_text())
-    scores = [
-        from_files(summary, read_lines(folder / 'samples' / f'{summary["task"]}.jsonl'))
-        for summary in results.pop('scores')
-    ]
+    """What `write_results` wrote, score by score. Raises ConfigError where it is not there."""
+    try:
+        results = json.loads((folder / RESULTS).read_text())
+        scores = [
+            from_files(summary, read_lines(folder / 'samples' / f'{summary["task"]}.jsonl'))
+            for summary in results.pop('scores')
+        ]
+    except FileNotFoundError as error:
+        raise ConfigError(f'there is no file {error.filename}; give the workdir of a whole evaluation') from None
     return results, scores

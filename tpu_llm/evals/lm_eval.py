@@ -140,7 +140,7 @@ def evaluate(adapter: Adapter, tasks: Sequence[str], *, include: str = '', **opt
     Raises ConfigError where lm-eval is not installed and for a task that is not there.
     """
     if importlib.util.find_spec('lm_eval') is None:
-        raise ConfigError("lm-eval is not installed; pip install 'tpu_llm[lm-eval]'")
+        raise ConfigError("lm-eval is not installed; pip install -e '.[lm-eval]'")
     from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager

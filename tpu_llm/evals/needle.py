@@ -118,8 +118,8 @@ class Needle:
     def main(self, workdir: str) -> None:
         validate(self)
         file = epath.Path(workdir) / FILE
-        file.parent.mkdir(parents=True, exist_ok=True)
         candidate = self.model.open()
+        file.parent.mkdir(parents=True, exist_ok=True)
         about = {'model': candidate.name, 'grid': digest(self)}
         cells = _done(file, about)
         console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -132,7 +132,7 @@ class Needle:
             console.print(
                 f'{length:,} tokens: {len(self.depths) * self.trials} texts in {time.monotonic() - begun:.0f} s'
             )
-        print('\n'.join(drawn(candidate.name, cells)))
+        print('\n'.join([*drawn(candidate.name, cells), str(file)]))
 
     def cells(self, candidate: Candidate, length: int) -> list[dict[str, Any]]:
         """The row of the grid for one length."""

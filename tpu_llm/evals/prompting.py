@@ -100,7 +100,10 @@ class Prompted(Strategy):
 
 
 def ask_all(strategy: Strategy, questions: Sequence[str], examples: Sequence[Example], write: Write) -> list[Answer]:
-    """The answer to each question, all asked side by side. Raises ConfigError for examples that do not fit."""
+    """The answer to each question, all asked side by side.
+
+    Raises ConfigError for examples that do not fit, and for a `write` that returns anything but texts of each prompt.
+    """
     strategy.check(examples)
     asking = together([strategy.steps(question, examples) for question in questions])
     texts = None
@@ -110,6 +113,11 @@ def ask_all(strategy: Strategy, questions: Sequence[str], examples: Sequence[Exa
         except StopIteration as end:
             return end.value
         texts = write(request.prompts, request.ask)
+        if [len(each) for each in texts if not isinstance(each, str)] != [request.ask.times] * len(request.prompts):
+            raise ConfigError(
+                f'write was given {len(request.prompts)} prompts; it returns a list for each, of {request.ask.times} '
+                '(ask.times) texts'
+            )
 
 
 def together(each: Sequence[Steps]) -> Generator[Request, Texts, list[Answer]]:

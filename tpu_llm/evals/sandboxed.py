@@ -86,7 +86,12 @@ def _ask(tasks: Sequence[Task], limits: Limits, *, namespaces: bool = True) -> l
         most = _START + len(tasks) * (limits.seconds + 1)
         try:
             told = subprocess.run(
-                command, input=json.dumps(asked).encode(), capture_output=True, env=environment, timeout=most
+                command,
+                input=json.dumps(asked).encode(),
+                capture_output=True,
+                env=environment,
+                timeout=most,
+                start_new_session=True,  # Ctrl-C in a terminal is for the run to hear: it would fail the programs
             )
         except subprocess.TimeoutExpired:
             raise RunError(f'the sandbox did not answer within {most:g} s; is the machine overloaded?') from None

@@ -14,7 +14,7 @@ from rich.console import Console
 from tpu_llm.config import ConfigError, machine, validate
 from tpu_llm.evals import catalogue, table
 from tpu_llm.evals.candidate import Candidate, Saved, Settings, Untrained
-from tpu_llm.evals.kept import Kept, Score, score, write_results
+from tpu_llm.evals.kept import RESULTS, Kept, Score, score, write_results
 from tpu_llm.evals.task import Task
 from tpu_llm.infer.chat import busy
 
@@ -55,7 +55,7 @@ class Suite:
         for task in tasks:
             scores.append(self._score(candidate, settings, task, kept, console))
             write_results(folder, {'model': candidate.name, 'identity': candidate.identity}, scores)
-        table.show(table.of_scores(candidate.name, scores))
+        table.show(candidate.name, table.of_scores(scores), str(folder / RESULTS))
 
     def _score(self, candidate: Candidate, settings: Settings, task: Task, kept: Kept, console: Console) -> Score:
         shots = task.shots(self.shots)

@@ -13,9 +13,9 @@ _WIDTH = 120
 _CAPTION = "intervals: Wilson's where each row is a hit or none, else of 2,000 bootstrap draws of the rows"
 
 
-def of_scores(title: str, scores: Sequence[Score]) -> Table:
+def of_scores(scores: Sequence[Score]) -> Table:
     """A line a metric; a task's own comes first."""
-    table = Table(title=title, title_justify='left', caption=_CAPTION, caption_justify='left', box=None, pad_edge=False)
+    table = Table(caption=_CAPTION, caption_justify='left', box=None, pad_edge=False)
     for name in ('task', 'rows', 'shots', 'metric', 'value', '95 % interval'):
         right = name in ('rows', 'shots', 'value')
         table.add_column(name, justify='right' if right else 'left', no_wrap=True)
@@ -39,8 +39,8 @@ def interval(estimate: Estimate) -> str:
 
 
 def show(*parts: Table | str) -> None:
-    """On the standard output: a terminal is as wide as it is, anything else wide enough."""
+    """On the standard output: a terminal is as wide as it is, anything else wide enough. Texts are not broken."""
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=_WIDTH)
     for part in parts:
-        console.print(part, markup=False)
+        console.print(part, markup=False, soft_wrap=isinstance(part, str))

@@ -155,4 +155,4 @@ def check(metrics: Sequence[str]) -> None:
 
 def _needs(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(f"BLEU, chrF and ROUGE need {package}, which is not there: pip install 'tpu_llm[metrics]'")
+        raise ConfigError(f"BLEU, chrF and ROUGE need {package}, which is not there: pip install -e '.[metrics]'")
