@@ -2,7 +2,7 @@
 
     python launch/sweep.py --config=experiments/mup_transfer/config.py            # 42 runs
     python launch/sweep.py --config=experiments/mup_transfer/config.py:smoke      # two widths x three rates, 4 steps
-    python experiments/mup_transfer/optima.py runs/mup_transfer
+    python experiments/mup_transfer/optima.py runs/mup_transfer --into=experiments/mup_transfer
     python launch/run.py --config=experiments/mup_transfer/config.py:width=256,mup,rate=0.016
 
 At the base's width both parametrisations are the same model, which runs once.

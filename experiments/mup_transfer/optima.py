@@ -1,17 +1,19 @@
 """The table of README.md, from the sweep's workdir: the best learning rate by width, and how it moves.
 
-    python experiments/mup_transfer/optima.py runs/mup_transfer
+    python experiments/mup_transfer/optima.py runs/mup_transfer --into=experiments/mup_transfer
 
-Reads each run's metrics.jsonl, writes `results.csv` (a line a run) and `rates.svg` beside this file and prints the
-table. An optimum is the minimum of a parabola through the lowest loss and its neighbours on the grid, over the
-logarithm of the rate.
+Reads each run's metrics.jsonl, writes `results.csv` (a line a run) and `rates.svg` into the folder, by default the
+workdir itself, and prints the table. An optimum is the minimum of a parabola through the lowest loss and its
+neighbours on the grid, over the logarithm of the rate.
 """
 
+import argparse
 import csv
 import math
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +23,14 @@ import numpy as np
 matplotlib.use('Agg')
 from matplotlib import pyplot
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tpu_llm.train import metrics  # noqa: E402
+from tpu_llm.config import ConfigError
+from tpu_llm.scaling import record
+from tpu_llm.scaling.sweep import RUNS
+from tpu_llm.train import metrics
 
-LAST = 20  # steps whose mean loss a run is judged by
+LAST = 20  # steps, or all there are, whose mean loss a run is judged by
 
 
 class Point(NamedTuple):
@@ -42,19 +46,45 @@ class Optimum(NamedTuple):
     inside: bool  # not at an end of the grid
 
 
-def main(workdir: Path) -> None:
-    points = sorted(read(folder) for folder in (workdir / 'runs').iterdir())
-    with (HERE / 'results.csv').open('w', newline='') as file:
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('workdir', type=Path, help='of the sweep')
+    parser.add_argument('--into', type=Path, help='folder for results.csv and rates.svg; default: the workdir')
+    args = parser.parse_args(argv)
+    into = args.into or args.workdir
+    losses = {name: last(args.workdir / RUNS / name) for name in finished(args.workdir)}
+    points = sorted(point(name, values) for name, values in losses.items())
+    into.mkdir(parents=True, exist_ok=True)
+    with (into / 'results.csv').open('w', newline='') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(Point._fields)
         writer.writerows(point._replace(loss=round(point.loss, 4)) for point in points)
-    picture(points)
+    picture(points, into / 'rates.svg')
     print(table(points))
+    counts = ' or '.join(map(str, sorted({len(values) for values in losses.values()})))
+    print(f'\nlosses are means of the last {counts} steps')
 
 
-def read(folder: Path) -> Point:
-    mup, width, rate = re.findall(r'=([\w.-]+)', folder.name)
-    losses = [line['loss'] for line in metrics.read(folder / 'metrics.jsonl')[-LAST:]]
+def finished(workdir: Path) -> list[str]:
+    """The runs of the sweep. An optimum of a part of them would be another."""
+    try:
+        runs = record.read(workdir)['runs']
+    except ConfigError as error:
+        raise SystemExit(f'error: {error}') from None
+    for name, run in runs.items():
+        if run['status'] != 'finished':
+            raise SystemExit(
+                f'error: run {name} is {run["status"]}; an optimum is of a grid of which all runs finished'
+            )
+    return list(runs)
+
+
+def last(folder: Path) -> list[float]:
+    return [line['loss'] for line in metrics.read(folder / 'metrics.jsonl')[-LAST:]]
+
+
+def point(name: str, losses: list[float]) -> Point:
+    mup, width, rate = re.findall(r'=([\w.-]+)', name)
     return Point(mup == 'True', int(width), float(rate), statistics.mean(losses))
 
 
@@ -64,7 +94,7 @@ def of(points: list[Point], mup: bool) -> list[Point]:
     return [point for point in points if point.mup == mup or point.width == base]
 
 
-def picture(points: list[Point]) -> None:
+def picture(points: list[Point], path: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout='constrained')
     for panel, mup in zip(panels, (False, True), strict=True):
         own = of(points, mup)
@@ -78,7 +108,8 @@ def picture(points: list[Point]) -> None:
         panel.spines[['top', 'right']].set_visible(False)
     panels[0].set_ylabel('training loss, nats a token')
     panels[1].legend(frameon=False)
-    figure.savefig(HERE / 'rates.svg', metadata={'Date': None})
+    matplotlib.rcParams['svg.hashsalt'] = 'tpu_llm'  # the same points give the same file
+    figure.savefig(path, metadata={'Date': None})
 
 
 def table(points: list[Point]) -> str:
@@ -112,4 +143,4 @@ def optimum(losses: dict[float, float]) -> Optimum:
 
 
 if __name__ == '__main__':
-    main(Path(sys.argv[1]))
+    main()

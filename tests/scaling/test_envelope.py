@@ -1,11 +1,14 @@
 """The lowest of training curves, and what a model that serves should be."""
 
+import json
+
 import numpy as np
 import pytest
 
 from tests.scaling.law_data import TRUE, grid, loss
 from tpu_llm.config import ConfigError
 from tpu_llm.scaling.allocate import allocate
+from tpu_llm.scaling.envelope import curves as recorded
 from tpu_llm.scaling.envelope import envelope
 from tpu_llm.scaling.fit import fit
 from tpu_llm.scaling.laws import Chinchilla
@@ -38,6 +41,35 @@ def test_where_the_largest_size_is_lowest_larger_ones_are_asked_for():
 def test_one_size_has_no_envelope():
     with pytest.raises(ConfigError, match='needs at least 2'):
         envelope(curves(np.array([1e6])), bootstraps=0)
+
+
+@pytest.mark.filterwarnings('error')
+def test_ends_of_runs_are_no_curves():
+    with pytest.raises(ConfigError, match='no run has two moments'):
+        envelope(grid(), bootstraps=10)
+    tokens = [1e8, 1.0001e8, 1e12, 1.0001e12]  # each run's moments are as good as one
+    moments = points([1e6, 1e6, 2e6, 2e6], tokens, [3.0, 3.0, 2.0, 2.0], names='aabb')
+    with pytest.raises(ConfigError, match='needs curves'):
+        envelope(moments, bootstraps=10)
+
+
+def test_a_sweep_has_logged_its_curves(tmp_path):
+    rows = ['name,parameters,tokens,flops,loss,status', 'a,100,2000,1.4e6,3.0,finished', 'b,1,1,1,,failed']
+    (tmp_path / 'table.csv').write_text('\n'.join(rows))
+    (tmp_path / 'runs/a').mkdir(parents=True)
+    lines = [{'step': 10, 'loss': 4.0}, {'step': 20, 'loss': 3.1}, {'step': 20, 'heldout_loss': 3.0}]
+    (tmp_path / 'runs/a/metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    found = recorded(tmp_path)
+    assert found.names == ('a', 'a')
+    np.testing.assert_allclose(found.tokens, [1000, 2000])
+    np.testing.assert_allclose(found.flops, [7e5, 1.4e6])
+    np.testing.assert_allclose(found.loss, [4.0, 3.1])
+    lines = [{'step': i, 'loss': 4.0 + i % 2, 'heldout_loss': 1 / i} for i in range(1, 41)]
+    (tmp_path / 'runs/a/metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    np.testing.assert_allclose(recorded(tmp_path).loss, [line['heldout_loss'] for line in lines])
+    lines = [{'step': line['step'], 'loss': line['loss']} for line in lines]
+    (tmp_path / 'runs/a/metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    np.testing.assert_allclose(recorded(tmp_path).loss, np.full(20, 20**0.5))
 
 
 @pytest.fixture(scope='module')

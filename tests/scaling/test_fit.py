@@ -139,3 +139,9 @@ def test_an_optimum_on_the_edge_of_the_grid_is_told():
     runs.loss[:] = 400 / runs.parameters**0.34 + 1800 / runs.tokens**0.37  # nothing is left: ln E goes to −∞
     warnings = fit(Chinchilla(), runs, bootstraps=0).warnings
     assert any('E is below' in line for line in warnings), warnings
+
+
+def test_a_constant_that_bootstraps_leave_open_is_told():
+    warnings = fit(Chinchilla(), grid(noise=0.1).take(np.arange(0, 64, 7)), bootstraps=100).warnings
+    assert any('put A anywhere from' in line for line in warnings), warnings
+    assert fit(Chinchilla(), grid(noise=1e-3), bootstraps=100).warnings == ()

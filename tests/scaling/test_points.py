@@ -58,7 +58,7 @@ def test_tokens_come_from_flops_where_only_these_are_given(tmp_path):
         ('N,D,loss\n1,2,3\n', {'X': 'N'}, r"'X' is unknown"),
         ('N,D,loss\n1,2,3\n', {'N': 'Siz'}, r"no column 'Siz'"),
         ('N,D,loss\n1,2,3\n-4,2,3\n', {}, r"line 3: N is '-4'; it is a number above 0"),
-        ('N,D,loss\n1,2,low\n', {}, r"'low' in column 'loss' is no loss"),
+        ('N,D,loss\n1,2,low\n', {}, r"runs.csv line 2: 'low' in column 'loss' is no loss"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, text, columns, message):

@@ -127,7 +127,10 @@ def test_count_of_a_config(capsys):
         (['fit', '{table}', '--hold-out=nobody'], "no finished run 'nobody'"),
         (['fit', '{table}', '--budgets=many'], "--budgets = 'many'"),
         (['fit', '{table}', '--base=x'], '--base is for --law=repeats'),
-        (['fit', '/nowhere.csv'], 'No such file'),
+        (['fit', '/nowhere.csv'], 'there is no file /nowhere.csv'),
+        (['serve', '--fit=/nowhere.json', '--flops=1e21', '--served=1'], 'there is no file /nowhere.json'),
+        (['envelope', '{table}'], 'a row a moment'),
+        (['envelope', '{folder}', '--at-least=steps=3'], 'are for a table'),
         (['serve', '--fit={table}', '--flops=1e21', '--served=1'], 'is no fit'),
         (['budget', '--fit={fit}', '--chips=v5e-256', '--hours=-1'], "--hours = '-1'"),
         (['budget', '--fit={fit}', '--chips=v9-256', '--hours=1'], 'v9'),
@@ -135,7 +138,7 @@ def test_count_of_a_config(capsys):
     ],
 )
 def test_a_mistake_is_one_line(folder, fit_json, command, message, capsys):
-    named = [word.format(table=folder / 'table.csv', fit=fit_json) for word in command]
+    named = [word.format(table=folder / 'table.csv', folder=folder, fit=fit_json) for word in command]
     assert main(named) == 2
     said = capsys.readouterr().err
     assert said.startswith('error: ')
@@ -146,7 +149,25 @@ def test_a_mistake_is_one_line(folder, fit_json, command, message, capsys):
 def test_too_few_runs_say_what_is_left_out(tmp_path, capsys):
     (tmp_path / 'few.csv').write_text('N,D,loss,status\n1e6,1e8,3.0,finished\n2e6,1e8,nan,diverged\n')
     assert main(['fit', str(tmp_path / 'few.csv')]) == 2
-    assert 'at least 6 finished runs' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert 'at least 6 finished runs' in said
+    assert '1 run (1 diverged left out)' in said
+
+
+def test_a_law_whose_powers_are_not_above_0_has_no_optimum(tmp_path, capsys):
+    rows = [
+        'N,D,loss',
+        *(f'{n},{d},{2 + 1e-2 * n**0.3 + 300 / d**0.4}' for n in (1e5, 1e6, 1e7) for d in (1e7, 1e8, 1e9)),
+    ]
+    (tmp_path / 'up.csv').write_text('\n'.join(rows))
+    assert main(['fit', str(tmp_path / 'up.csv'), '--bootstraps=20']) == 0
+    said = capsys.readouterr().out
+    assert 'no compute optimum: alpha = -0.3' in said
+    assert 'nan' not in said
+    assert main(['fit', str(tmp_path / 'up.csv'), '--bootstraps=0', '--json']) == 0
+    (tmp_path / 'up.json').write_text(capsys.readouterr().out)
+    assert main(['serve', f'--fit={tmp_path}/up.json', '--flops=1e21', '--served=1e12']) == 2
+    assert 'no compute optimum' in capsys.readouterr().err
 
 
 def test_flops_of_a_slice_count_chips():

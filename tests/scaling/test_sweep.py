@@ -51,6 +51,8 @@ def test_jobs_are_in_order_with_overrides_and_labels(load, tmp_path):
         ("yield 'a*', Toy()", "run 'a.*' is to be a folder"),
         ("yield 'a', Toy(rate=-1.0)", 'run a: config: rate = -1.0 is negative'),
         ("yield 'a'", r'yields \(name, config\)'),
+        ("yield 'a', Toy(), 3", 'run a: labels are to be a dict, not 3'),
+        ("toy = Toy()\nfor name in 'ab':\n    yield name, toy", 'one object was yielded twice; make a fresh config'),
         ("yield 'a', 3", r"not \('a', 3\)"),
         ('return 3', r'gave 3; it yields \(name, config\)'),
         ('return []', 'yields no run'),

@@ -73,10 +73,15 @@ def test_a_row_has_what_a_law_is_fitted_to(jobs, rows):
     assert (row['final.loss'], row['ledger.compile'], row['ledger.rollout']) == (2.5, 1.5, 0.0)
 
 
-def test_a_run_without_a_held_out_loss_has_the_last_of_training(rows):
-    row = rows[1]
+def test_a_run_without_a_held_out_loss_has_the_last_of_training(jobs):
+    row = table.row(jobs[1], 'running')
     assert str(row['loss']) == 'nan'
-    assert (row['loss_of'], row['parameters'], row['status']) == ('loss', PARAMETERS, 'diverged')
+    assert (row['loss_of'], row['parameters'], row['status']) == ('loss', PARAMETERS, 'running')
+
+
+def test_a_run_that_diverged_has_no_loss_to_be_ranked_by(jobs):
+    row = table.row(jobs[0], 'diverged')
+    assert (row['loss'], row['loss_of'], row['final.loss']) == (None, None, 2.5)
 
 
 def test_stages_give_the_law_their_last_run_and_finals_by_name(jobs, tmp_path):
@@ -116,6 +121,14 @@ def test_the_csv_is_what_a_fit_reads(rows, tmp_path):
     assert (found.points.parameters[0], found.points.tokens[0], found.points.loss[0]) == (PARAMETERS, 3072, 2.75)
     assert (found.points.flops[0], found.points.budget[0]) == (3072 * FLOPS, 1e12)
     assert found.left_out == {'diverged': 1, 'waiting': 1}
+
+
+def test_a_row_of_the_csv_is_one_line(rows, tmp_path):
+    rows[2]['reason'] = 'a fault\nin two lines'
+    table.write(rows, tmp_path)
+    lines = (tmp_path / 'table.csv').read_text().splitlines()
+    assert len(lines) == 1 + len(rows)
+    assert 'a fault\\nin two lines' in lines[3]
 
 
 def test_parquet_holds_the_same(rows, tmp_path):
@@ -180,7 +193,7 @@ def test_lines_say_each_change_once(jobs, capsys):
         lines.changed(jobs[0], 'finished')
         lines.tick()
     said = [line.split('  ', 1)[1] for line in capsys.readouterr().out.splitlines()]
-    assert said == ['a running', 'a finished, loss 2.5000']
+    assert said == ['a running', 'a finished, heldout_loss 2.7500']
 
 
 def test_time_left_is_weighed_by_flops(jobs, monkeypatch):
@@ -201,6 +214,7 @@ def test_a_listing_has_sizes_and_work(jobs):
     said = printed(listing(jobs))
     assert f' a         {PARAMETERS / 1e3:.1f}k     12   3.07k' in said
     assert f'3 runs, {2 * 3072 * FLOPS:.3g} FLOPs in all' in said
+    assert '1 run, ' in printed(listing(jobs[:1]))
 
 
 # ----------------------------------------------------------------------------------------------------- two of them

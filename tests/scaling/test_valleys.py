@@ -104,6 +104,12 @@ def test_a_hill_has_no_minimum():
     assert found.parameters.power.value == pytest.approx(0.5, abs=1e-9)
 
 
+def test_a_budget_of_too_few_sizes_is_named():
+    runs = parabolas()
+    warnings = profiles(runs.take(np.arange(3, len(runs))), bootstraps=0).warnings
+    assert warnings == ('budget 1e+15: it has 2 sizes, and a valley needs 3; it is left out',)
+
+
 def test_too_few_sizes_say_how_many_are_needed():
     with pytest.raises(ConfigError, match=r'needs at least 3 finished runs of different sizes.*has 2'):
         profiles(parabolas(sizes=2))

@@ -9,6 +9,7 @@ from tpu_llm.scaling.fit import Fit, quantiles
 from tpu_llm.scaling.laws import Chinchilla, Kaplan
 from tpu_llm.scaling.points import points
 
+_POWERS = ('alpha', 'beta')
 FLOPS = 6.0  # a parameter and token of training, where nothing better is known
 
 
@@ -53,6 +54,13 @@ def allocate(fit: Fit, flops: float, per_parameter: float = FLOPS) -> Allocation
     with np.errstate(all='ignore'):
         loss = np.array([_loss(fit, one, n, d) for one, n, d in zip(both, size, tokens, strict=True)])
     return Allocation(flops, *(estimate(each[0], each[1:]) for each in (size, tokens, loss)))
+
+
+def no_optimum(fit: Fit) -> str:
+    """Why the law puts no budget anywhere: more parameters, or more tokens, do not lower its loss; else empty."""
+    named = dict(zip(fit.law.labels, fit.constants, strict=True))
+    bad = [f'{label} = {value:.4g}' for label, value in named.items() if label.startswith(_POWERS) and not value > 0]
+    return f'no compute optimum: {" and ".join(bad)}; the law has one where its powers are above 0' if bad else ''
 
 
 def _optimum(fit: Fit, constants: np.ndarray, product: float) -> np.ndarray:

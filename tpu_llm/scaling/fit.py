@@ -1,6 +1,7 @@
 """Fits a law to runs, and says how far its constants are known: Huber's loss of logarithms, starts, bootstraps."""
 
 import dataclasses
+from collections.abc import Container, Iterator
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from tpu_llm.scaling.points import Points
 
 DELTA = 1e-3  # beyond this error of ln L, Huber's loss grows with the error, not with its square
 _TRIED = 100  # starts of the grid that are followed down, those of lowest loss first
+_WIDEST = 1e3  # the most that a constant may be over the least, where it is called bound
 _BLOCK = 1 << 16  # numbers of an array at a time: they stay in the cache
 
 
@@ -52,7 +54,8 @@ def _predict(law: Law, constants: np.ndarray, runs: Points) -> np.ndarray:
 
 def quantiles(values: np.ndarray, level: float = 0.95) -> np.ndarray:
     """The bounds of the middle `level` of the first axis: [2, …]."""
-    return np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    with np.errstate(invalid='ignore'):  # between two that are infinite
+        return np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
 def fit(law: Law, runs: Points, *, bootstraps: int = 1000, seed: int = 0, delta: float = DELTA) -> Fit:
@@ -74,14 +77,15 @@ def fit(law: Law, runs: Points, *, bootstraps: int = 1000, seed: int = 0, delta:
     if bootstraps:
         drawn, _ = _descend(law, runs, np.tile(theta, (bootstraps, 1)), draws.astype(float), delta)
     errors = law.log_loss(theta[None], runs)[0][0] - np.log(runs.loss)
+    edges, constants = _edges(law, theta), law.constants(drawn)
     return Fit(
         law=law,
         constants=law.constants(theta),
-        draws=law.constants(drawn),
+        draws=constants,
         runs=len(runs),
         objective=float(values[best]),
         spread=float(np.sqrt(np.mean(errors**2))),
-        warnings=tuple(_edges(law, theta)),
+        warnings=(*edges.values(), *_loose(law, constants, edges)),
     )
 
 
@@ -150,14 +154,25 @@ def _curvature(law: Law, runs: Points, theta: np.ndarray, weights: np.ndarray, d
     return np.linalg.inv(hessian + 1e-6 * scale[:, :, None] * np.eye(len(by)))
 
 
-def _edges(law: Law, theta: np.ndarray) -> list[str]:
-    """What is at or beyond the edge of the grid."""
-    said = []
+def _edges(law: Law, theta: np.ndarray) -> dict[str, str]:
+    """What is at or beyond the edge of the grid, by label."""
+    said = {}
     for label, start, found in zip(law.labels, law.starts(), theta, strict=True):
         if not min(start) < found < max(start):
             side = 'below' if found <= min(start) else 'above'
-            said.append(
+            said[label] = (
                 f'the fit lies on the edge of its grid of starts: {label} is {side} it, so these runs hardly bound it; '
                 'add runs that differ more'
             )
     return said
+
+
+def _loose(law: Law, draws: np.ndarray, told: Container[str]) -> Iterator[str]:
+    """Which other constants the bootstraps leave open: by a factor of a thousand, or down to nothing."""
+    for label, values in zip(law.labels, draws.T, strict=True) if len(draws) else ():
+        low, high = quantiles(np.nan_to_num(values, nan=np.finfo(float).max))  # of what found no law, the largest
+        if label not in told and not 0 < high <= _WIDEST * low < np.inf:
+            yield (
+                f'95% of the bootstraps put {label} anywhere from {low:.3g} to {high:.3g}, so these runs hardly bound '
+                'it; add runs that differ more'
+            )

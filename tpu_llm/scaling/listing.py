@@ -10,6 +10,7 @@ from rich.text import Text
 from tpu_llm.nn.param import count_parameters
 from tpu_llm.scaling import sweep
 from tpu_llm.scaling.memory import need
+from tpu_llm.scaling.points import counted
 from tpu_llm.scaling.progress import length, work
 from tpu_llm.scaling.sweep import Job
 from tpu_llm.train.progress import short
@@ -29,7 +30,7 @@ def listing(jobs: Sequence[Job]) -> Group:
         flops = f'{work(job):.3g}' if steps else ''
         table.add_row(Text(job.name), size, f'{steps:,}' if steps else '', tokens, flops, f'{need(job.config):.1f}')
     total = sum(work(job) for job in jobs if length(job))
-    return Group(table, Text(f'{len(jobs)} runs, {total:.3g} FLOPs in all'))
+    return Group(table, Text(f'{counted(len(jobs))}, {total:.3g} FLOPs in all'))
 
 
 def tokens_of(runs: Sequence[Any]) -> int:

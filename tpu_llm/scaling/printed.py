@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tpu_llm.parallel.chips import Slice
-from tpu_llm.scaling.allocate import Allocation, Estimate, allocate, exponents
+from tpu_llm.scaling.allocate import Allocation, Estimate, allocate, exponents, no_optimum
 from tpu_llm.scaling.envelope import Envelope
 from tpu_llm.scaling.fit import Fit, quantiles
 from tpu_llm.scaling.laws import Chinchilla, Kaplan, Repeats
@@ -17,6 +17,7 @@ from tpu_llm.scaling.points import Table as Runs
 from tpu_llm.scaling.spend import Choice, Guess, Spending
 from tpu_llm.scaling.valleys import PowerLaw, Profiles
 
+_KNOWN = 1e3  # a standard error of more times its constant says nothing
 _FORMS = {
     Chinchilla: 'L = E + A / N^alpha + B / D^beta',
     Kaplan: 'L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D',
@@ -50,6 +51,14 @@ def told(each: Estimate) -> str:
     return f'{short(each.value)} ({interval})' if interval else short(each.value)
 
 
+def there(runs: Runs, fitted: Points, held: Points) -> str:
+    """How many runs a table has, and how many of them are not fitted."""
+    dropped = len(runs.points) - len(fitted) - len(held)
+    also = [f'{dropped} of highest loss dropped'] if dropped else []
+    also += [f'{len(held)} held out'] if len(held) else []
+    return ', '.join([str(runs), *also])
+
+
 def fit(found: Fit, runs: Runs, fitted: Points, held: Points, budgets: Sequence[float], cost: float) -> RenderableType:
     """Constants with errors and intervals, where the law puts these budgets, and how it does on what was held out."""
     return Group(*_fit(found, runs, fitted, held, budgets, cost))
@@ -58,19 +67,19 @@ def fit(found: Fit, runs: Runs, fitted: Points, held: Points, budgets: Sequence[
 def _fit(
     found: Fit, runs: Runs, fitted: Points, held: Points, budgets: Sequence[float], cost: float
 ) -> Iterator[RenderableType]:
-    dropped = len(runs.points) - len(fitted) - len(held)
-    also = [f'{dropped} of highest loss dropped'] if dropped else []
-    also += [f'{len(held)} held out'] if len(held) else []
-    yield Text(f'{runs}' + (f', {", ".join(also)}' if also else ''))
+    yield Text(there(runs, fitted, held))
     yield Text(f'{_FORMS[type(found.law)]}, by Huber loss of ln L over {found.runs} runs')
     rows = table('constant', 'value', 'standard error', '95% of bootstraps')
     for i, label in enumerate(found.law.labels):
         draws = found.draws[:, i]
-        spread = [f'{found.standard_errors[i]:.3g}', between(*quantiles(draws))] if len(draws) else ['', '']
-        rows.add_row(label, f'{found.constants[i]:.5g}', *spread)
+        value, error = found.constants[i], found.standard_errors[i]
+        said = f'{error:.3g}' if error <= _KNOWN * abs(value) else '–'
+        rows.add_row(label, f'{value:.5g}', *([said, between(*quantiles(draws))] if len(draws) else ['', '']))
     yield rows
     yield Text(f'error of L: {found.spread:.2%} (root mean square)')
-    if not isinstance(found.law, Repeats):
+    if problem := no_optimum(found):
+        yield Text(problem)
+    elif not isinstance(found.law, Repeats):
         size, tokens = exponents(found)
         yield Text(f'compute-optimal: N as C^{told(size)}, D as C^{told(tokens)}')
         yield _budgets(found, budgets, cost)

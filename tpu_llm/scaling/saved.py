@@ -108,6 +108,8 @@ def _valleys(profiles: Profiles) -> dict[str, Any]:
 
 def load(path: str | Path) -> Fit:
     """The fit of a file that `python -m tpu_llm.scaling fit … --json` printed. Raises ConfigError where it is none."""
+    if not Path(path).exists():
+        raise ConfigError(f'there is no file {path}')
     try:
         found = json.loads(Path(path).read_text())
         kind = found['law']

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tpu_llm.scaling.progress import Look, Progress
 from tpu_llm.scaling.sweep import Job
+from tpu_llm.scaling.table import last_loss
 from tpu_llm.train.progress import clock
 
 LOOK, LINE = 1.0, 60.0  # seconds between two pictures on a terminal, and two lines elsewhere
@@ -113,8 +114,8 @@ class Lines:
 
     def changed(self, job: Job, status: str, reason: str = '') -> None:
         self.board.move(job, status)
-        look = self.board.progress.look(job)
-        loss = f', loss {look.loss:.4f}' if status == 'finished' and look.loss is not None else ''
+        last = last_loss(job) if status == 'finished' else {}
+        loss = f', {last["loss_of"]} {last["loss"]:.4f}' if last else ''
         self._say(f'{job.name} {status}{loss}' + (f': {reason}' if reason else ''))
 
     def tick(self) -> None:

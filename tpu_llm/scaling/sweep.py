@@ -62,6 +62,8 @@ def load(spec: str, overrides: Sequence[str], workdir: epath.PathLike, others: S
         raise ConfigError(f'sweep of {spec} gave {yielded!r}; it yields (name, config)') from None
     if not items:
         raise ConfigError(f'sweep of {spec} yields no run')
+    if len({id(config) for _, config, _ in items}) < len(items):
+        raise ConfigError(f'sweep of {spec}: one object was yielded twice; make a fresh config for each run')
     jobs: list[Job] = []
     for name, config, labels in items:
         _check_name(name)
@@ -78,7 +80,9 @@ def load(spec: str, overrides: Sequence[str], workdir: epath.PathLike, others: S
 def _item(each: Any) -> tuple[str, Any, dict[str, Any]]:
     if isinstance(each, tuple) and len(each) in (2, 3):
         name, config, labels = (*each, {}) if len(each) == 2 else each
-        if isinstance(name, str) and configs.is_config(config) and isinstance(labels, dict):
+        if isinstance(name, str) and configs.is_config(config):
+            if not isinstance(labels, dict):
+                raise ConfigError(f'run {name}: labels are to be a dict, not {labels!r}')
             return name, config, labels
     raise ConfigError(f'a sweep yields (name, config) or (name, config, labels), not {each!r}')
 
@@ -159,8 +163,8 @@ def is_done(job: Job) -> bool:
     changes = _changes(job, found)
     if refused := [change for change in changes if change.mark == 'maths']:
         raise ConfigError(
-            f'run {job.name} was made with another config: {listed(refused)}; undo that, name it otherwise, or have it '
-            'and others like it made anew: --changed=rerun'
+            f'run {job.name} was made with another config: {listed(refused)}; undo that, name it otherwise, take '
+            'another folder for the sweep: --workdir=another, or have it and others like it made anew: --changed=rerun'
         )
     if not found or not found['tries'] or found['tries'][-1]['status'] not in FINAL:
         return False

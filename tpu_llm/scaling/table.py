@@ -51,6 +51,8 @@ def row(job: Job, status: str) -> Row:
         known |= _law(run, final) | _time(spent)
         rest |= {f'final.{below}{name}': value for name, value in final.items()}
         rest |= {f'ledger.{below}{name}': value for name, value in (spent.seconds if spent else {}).items()}
+    if status == 'diverged':  # its last loss is finite, perhaps, and no result
+        known |= {'loss': None, 'loss_of': None}
     leaves = configs.flatten(configs.dump(job.config))
     if taken := job.labels.keys() & {*COLUMNS, *leaves, *rest}:
         raise ConfigError(f'run {job.name}: label {sorted(taken)[0]!r} is a column of every table; call it otherwise')
@@ -79,8 +81,19 @@ def _law(run: Any, final: Mapping[str, Any]) -> Row:
         found['flops'] = final['tokens'] * train_flops(run.model, run.data.seq_len, targets)
     if 'step' in final:
         found['steps'] = final['step']
-    if of := next((name for name in _LOSSES if name in final), None):
-        found |= {'loss': final[of], 'loss_of': of}
+    return found | _loss(final)
+
+
+def _loss(final: Mapping[str, Any]) -> Row:
+    of = next((name for name in _LOSSES if name in final), None)
+    return {'loss': final[of], 'loss_of': of} if of else {}
+
+
+def last_loss(job: Job) -> Row:
+    """`loss` and `loss_of` of a run, of stages those of the last that has them; empty where none has."""
+    found: Row = {}
+    for _, _, folder in sweep.trained(job.config, job.folder):
+        found |= _loss(finals(folder))
     return found
 
 
@@ -125,7 +138,8 @@ def _cell(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
-    return '' if value is None else str(value)
+    # One line a row, for what reads a table by its lines.
+    return '' if value is None else str(value).replace('\r', '\\r').replace('\n', '\\n')
 
 
 def _typed(values: list[Any]) -> list[Any]:

@@ -110,10 +110,15 @@ def _groups(runs: Points) -> tuple[list[Points], list[str]]:
             f'has {max(sizes, default=0)}; run more sizes for the same FLOPs'
             + ''.join(f' ({line})' for line in warnings)
         )
-    small = sum(size < _LEAST for size in sizes)
-    if small:
-        warnings.append(f'{small} budgets of fewer than {_LEAST} sizes are no valleys; they are left out')
+    for group, size in zip(found, sizes, strict=True):
+        if size < _LEAST:
+            has = 'has 1 size' if size == 1 else f'has {size} sizes'
+            warnings.append(f'budget {_flops(group):.3g}: it {has}, and a valley needs {_LEAST}; it is left out')
     return [group for group, size in zip(found, sizes, strict=True) if size >= _LEAST], warnings
+
+
+def _flops(group: Points) -> float:
+    return float(np.exp(np.log(group.flops).mean()))
 
 
 def _near(runs: Points) -> Points:
@@ -160,7 +165,7 @@ def _valley(
     tokens = np.exp(_tokens(runs, minima))
     curve = np.polyval(np.poly1d([bend[0], slope[0], level[0]]), np.poly1d([1.0, -centre]))
     valley = Valley(
-        flops=float(np.exp(np.log(group.flops).mean())),
+        flops=_flops(group),
         runs=group,
         near=runs,
         curve=np.asarray(curve),

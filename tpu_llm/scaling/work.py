@@ -58,7 +58,7 @@ def judged(job: Job, error: Exception | None, start: float) -> Try:
         traceback.print_exception(error)
         return ended('failed', f'{type(error).__name__}: {error}')
     if not sweep.ended(job.config, job.folder):
-        return ended('stopped', 'it was asked to stop (SIGTERM), saved, and goes on from there')
+        return ended('stopped', 'it was asked to stop, saved, and goes on from there')
     if bad := _not_finite(job):
         return ended('diverged', bad)
     return ended('finished')
