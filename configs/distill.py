@@ -25,8 +25,8 @@ less, drawn anew; without `data` it is taught sums. The report shows `divergence
 
 import dataclasses
 
-from configs.chat import named
 from configs.meshes import mesh
+from tpu_llm.checkpoint.named import named
 from tpu_llm.checkpoint.pretrained import TokenizerOf, open_source
 from tpu_llm.checkpoint.resume import Origin
 from tpu_llm.checkpoint.retention import Checkpoints
@@ -129,6 +129,7 @@ def _student(args, objective: Distill | DistillStored) -> Run:
     small = dataclasses.replace(teacher, layers=max(1, teacher.layers // 2))
     model = open_source(args.model).config if args.model else small
     model.predict_ahead = 0
+    model.remat = 'full'  # as in configs/sft.py: activations are most of the memory
     on_policy = args.kind == 'onpolicy'
     fields = {
         'model': model,

@@ -9,8 +9,8 @@ again. `seq` is the length of rows and `batch` how many there are. Without `data
 sources. To reach longer texts, give it another rope: `--config.model.rope_theta=…`. `smoke` is 3 short steps.
 """
 
-from configs.chat import named
 from configs.meshes import mesh
+from tpu_llm.checkpoint.named import named
 from tpu_llm.checkpoint.pretrained import TokenizerOf, open_source
 from tpu_llm.checkpoint.resume import Origin
 from tpu_llm.checkpoint.retention import Checkpoints
@@ -35,6 +35,7 @@ def get_config(arg: str | None = None) -> Run:
     # Model: as the weights say. Parameters are float32 whatever they were saved in.
     model = open_source(args.model).config
     model.predict_ahead = 0  # layers for further tokens, which DeepSeek-V3 has, would need objectives.ahead
+    model.remat = 'full'  # as in configs/sft.py: activations are most of the memory
     if args.smoke:
         model.dtype, args.seq, args.batch = 'float32', 64, 2
 

@@ -18,8 +18,8 @@ The log has the reward, how far the policy is from where it began (`kl`) and whe
 import dataclasses
 import math
 
-from configs.chat import named
 from configs.meshes import mesh
+from tpu_llm.checkpoint.named import named
 from tpu_llm.checkpoint.pretrained import TokenizerOf, open_source
 from tpu_llm.checkpoint.resume import Origin
 from tpu_llm.checkpoint.retention import Checkpoints

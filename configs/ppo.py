@@ -11,7 +11,7 @@ follows (configs/grpo.py tells of `seq`, `new` and the smoke form's `finished 0.
 """
 
 from configs import grpo
-from tpu_llm.config import parse_arg
+from tpu_llm.config import ConfigError, parse_arg
 from tpu_llm.models.scalar_head import ScalarConfig
 from tpu_llm.objectives.policy_gradient import PolicyGradient
 from tpu_llm.rl.reward_model import RewardModel
@@ -34,6 +34,8 @@ def get_config(arg: str | None = None) -> Run:
         batch=0,
         smoke=False,
     )
+    if not args.smoke and not (args.model and args.data):
+        raise ConfigError('give the policy and its prompts: configs/ppo.py:model=FOLDER-OR-RUN,data=prompts.jsonl')
     shared = ('model', 'data', 'heldout', 'template', 'mesh', 'seq', 'new', 'prompts', 'batch')
     asked = {name: getattr(args, name) for name in shared} | {'group': 1}
     given = 'smoke' if args.smoke else ','.join(f'{name}={value}' for name, value in asked.items() if value)

@@ -16,8 +16,8 @@ with `lora` it is that one without its adapters, and with `stored` its log-probs
 `smoke` prefers whole sentences to bare numbers.
 """
 
-from configs.chat import named
 from configs.meshes import mesh
+from tpu_llm.checkpoint.named import named
 from tpu_llm.checkpoint.pretrained import TokenizerOf, open_source
 from tpu_llm.checkpoint.resume import Origin
 from tpu_llm.checkpoint.retention import Checkpoints
@@ -96,6 +96,7 @@ def get_config(arg: str | None = None) -> Run:
     if weights:
         model = open_source(weights).config
         model.predict_ahead = 0
+        model.remat = 'full'  # as in configs/sft.py: activations are most of the memory
 
     run = Run(
         model=model,

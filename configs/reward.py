@@ -14,8 +14,8 @@ On held-out pairs `heldout_accuracy` is to rise from 0.5 and `heldout_brier`, th
 `--config.objective.centre=0.01`. `smoke` prefers whole sentences to bare numbers.
 """
 
-from configs.chat import named
 from configs.meshes import mesh
+from tpu_llm.checkpoint.named import named
 from tpu_llm.checkpoint.pretrained import TokenizerOf, open_source
 from tpu_llm.checkpoint.resume import Origin
 from tpu_llm.checkpoint.retention import Checkpoints
@@ -72,6 +72,7 @@ def get_config(arg: str | None = None) -> Run:
     if weights:
         decoder = open_source(weights).config
         decoder.predict_ahead = 0
+        decoder.remat = 'full'  # as in configs/sft.py: activations are most of the memory
     model = ScalarConfig.of(decoder)
 
     run = Run(

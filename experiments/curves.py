@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path.parent.name for path in sorted(args.runs[0].glob('*/metrics.jsonl'), key=lambda p: p.stat().st_mtime)
     ]
     points = [point for run in args.runs for stage in stages for point in read(run, stage)]
+    args.into.mkdir(parents=True, exist_ok=True)
     with (args.into / 'results.csv').open('w', newline='') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(Point._fields)
@@ -100,7 +101,9 @@ def draw(points: Sequence[Point], stages: Sequence[str], drawn: Sequence[str], p
 
     curves = {(metric, stage): by_step(points, stage, metric) for metric in drawn for stage in stages}
     shown = [key for key, curve in curves.items() if len(curve) > 1]
-    columns = min(4, len(shown)) if len(drawn) == 1 else len(shown) // len(drawn)
+    if not shown:
+        raise SystemExit('nothing to draw: a curve needs two points')
+    columns = min(4, len(shown)) if len(drawn) == 1 else max(1, len(shown) // len(drawn))
     lines = -(-len(shown) // columns)
     figure, axes = pyplot.subplots(
         lines,

@@ -3,7 +3,7 @@
     python launch/run.py --config=configs/quickstart.py
     python launch/run.py --config=configs/quickstart.py:smoke
     python launch/run.py --config=configs/pretrain.py:size=1b,mesh=v5e-256 --config.tokens=2000000000 --workdir=gs://…
-    python launch/run.py --config=configs/quickstart.py --help     what the fields of this config are
+    python launch/run.py --config=configs/quickstart.py --help     what the args and the fields of this config are
 
 --config     FILE.py or FILE.py:arg, where the arg chooses the structure (size, mesh, smoke …)
 --config.…   sets one field, such as --config.steps=500; a bare --config.flag is true, --noconfig.flag false
@@ -13,9 +13,11 @@
 """
 
 import ast
+import contextlib
 import dataclasses
 import errno
 import importlib.util
+import os
 import re
 import signal
 import sys
@@ -26,11 +28,12 @@ from typing import Any
 
 from absl import flags
 
+_INTERRUPTED = 130  # an exit status
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs/ and experiments/ import each other from any working directory
 
 from tpu_llm import config as configs  # noqa: E402
-from tpu_llm.command_line import load, unknown  # noqa: E402
+from tpu_llm.command_line import find, load, unknown  # noqa: E402
 from tpu_llm.parallel import deaths, heap  # noqa: E402
 
 
@@ -39,7 +42,7 @@ def main(argv: list[str]) -> int:
     try:
         run(argv)
     except KeyboardInterrupt as stop:
-        return _fail(f'interrupted{stop}', 130)
+        return _fail(f'interrupted{stop}', _INTERRUPTED)
     except Exception as error:
         code = _status(error)
         if '--debug' in argv or code == 1:
@@ -56,16 +59,18 @@ def run(argv: list[str]) -> None:
     flags.DEFINE_bool('help', False, 'show this help', short_name='h', flag_values=options)
     overrides = options(argv, known_only=True)[1:]
     if options['help'].value and options['config'].value is None:
-        print(f'{__doc__}\n{_shipped()}')
+        _show(f'{__doc__}\n{_shipped()}')
         return
     if options['config'].value is None:
         if overrides and not re.match('--?(no)?config[.]', overrides[0]):
             raise configs.ConfigError(unknown(overrides[0]))
         raise configs.ConfigError('no config given: --config=FILE.py[:arg]; --help lists those there are')
-    config = load(options['config'].value, overrides)
-    if options['help'].value:
-        print('\n'.join(_fields(config, '--config')))
+    if options['help'].value:  # before the page is run, which may want args that its docstring tells of
+        _show(_docstring(find(options['config'].value.partition(':')[0])) + '\n')
+        config = load(options['config'].value, overrides, checked=False)
+        _show('\n'.join(_fields(config, '--config')))
         return
+    config = load(options['config'].value, overrides)
     workdir = options['workdir'].value or _default_workdir(options['config'].value, config)
     if '://' in workdir and importlib.util.find_spec('gcsfs') is None:
         raise configs.ConfigError(f"workdir {workdir} needs gcsfs: pip install -e '.[gcs]'")
@@ -113,7 +118,7 @@ def _what_is_left(workdir: str) -> str:
     """What the same command would do next; a bucket is not asked, since it may not answer."""
     if '://' in workdir:
         return 'the same command continues from the last checkpoint, or begins anew where none was saved'
-    if any(Path(workdir).glob('checkpoints/*/COMMIT.json')):
+    if any(any(Path(workdir).glob(f'{stage}checkpoints/*/COMMIT.json')) for stage in ('', '*/')):
         return 'the same command continues from the last checkpoint'
     return 'nothing was saved yet: the same command begins anew'
 
@@ -130,7 +135,7 @@ def _heard(lost: Any) -> None:
 def _status(error: BaseException) -> int:
     """The exit status: 1 is a fault of this program, 2 a mistake of the user's; after 75 it is worth another try."""
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return _INTERRUPTED
     return deaths.LOST if isinstance(error, deaths.LostHost) else 2 if _is_users(error) else 1
 
 
@@ -154,11 +159,31 @@ def _shipped() -> str:
     for path in sorted(ROOT.glob('configs/**/*.py')):
         text = path.read_text()
         if 'def get_config(' in text:
-            doc = ast.get_docstring(ast.parse(text)) or ''
-            lines.append(f'  {path.relative_to(ROOT)!s:32} {doc.partition(chr(10))[0]}')
+            lines.append(f'  {path.relative_to(ROOT)!s:32} {_docstring(path).partition(chr(10))[0]}')
     return '\n'.join(lines)
+
+
+def _show(text: str) -> None:
+    """Prints it, to a reader that may have enough (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own end would complain
+
+
+def _docstring(page: Path) -> str:
+    return ast.get_docstring(ast.parse(page.read_text())) or ''
+
+
+def _leave(code: int) -> None:
+    """Ends the process. Interrupted, it has threads at work (jax's in a compilation), and Python's own end crashes."""
+    if code == _INTERRUPTED:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == '__main__':
     sys.unraisablehook = _heard
-    sys.exit(main(sys.argv))
+    _leave(main(sys.argv))

@@ -8,9 +8,9 @@ The two hundred conversations are made from docstrings of the standard library (
 answers to some held-out questions as it came, `lora` trains, `after` has its answers then.
 """
 
-from configs.chat import smollm2
 from configs.sft import get_config as sft
 from experiments.smollm2_docs.talks import Docstrings
+from tpu_llm.checkpoint.named import smollm2
 from tpu_llm.config import parse_arg
 from tpu_llm.data.sources import Conversations, Prompts
 from tpu_llm.evals.objective import HeldOutObjective
@@ -20,10 +20,10 @@ from tpu_llm.train.stages import Stages
 HELDOUT = ('stage:talks/heldout-talks.jsonl',)
 
 
-def answered(path: str, most: int) -> Write:
-    """The likeliest answers to the held-out questions; those longer than `most` tokens are left out."""
+def answered(path: str) -> Write:
+    """The likeliest answers to the held-out questions; those longer than 200 tokens are left out."""
     source = Prompts(paths=('stage:talks/heldout-prompts.jsonl',))
-    return Write(path=path, source=source, prompt_length=64, max_new_tokens=most, rows=8)
+    return Write(path=path, source=source, prompt_length=64, max_new_tokens=200, rows=8)
 
 
 def get_config(arg: str | None = None) -> Stages:
@@ -38,12 +38,11 @@ def get_config(arg: str | None = None) -> Stages:
     if args.smoke:
         run.epochs, run.steps = 0.0, 2
         run.optimizer.schedule.warmup = 1
-    most = 4 if args.smoke else 200
     return Stages(
         stages={
             'talks': Docstrings(),
-            'before': answered(smollm2(), most),
+            'before': answered(smollm2()),
             'lora': run,
-            'after': answered('stage:lora', most),
+            'after': answered('stage:lora'),
         }
     )

@@ -102,6 +102,8 @@ def test_pickles_are_refused(tmp_path):
     ('path', 'message'),
     [
         ('/nothing/here', 'there is no /nothing/here; give a Hugging Face folder'),
+        ('smollm', r"there is no smollm \(did you mean 'smollm2'\?\); give a Hugging Face folder"),
+        ('stage:sft', r"set run\.origin = Origin\(weights='stage:sft'\)"),
         ('tests/nothing', 'there is no tests/nothing; give'),
         (str(LLAMA / 'model.safetensors'), 'is a file; give the folder that it is in'),
         (str(LLAMA.parent), 'holds no finished checkpoint; give the workdir .* a Hugging Face folder'),

@@ -24,6 +24,7 @@ from tpu_llm.data.loader import Data
 from tpu_llm.data.mixture import Mixture
 from tpu_llm.data.sources import Tokens
 from tpu_llm.data.tokenizer import Ids, SentencePiece, train_bpe
+from tpu_llm.nn.param import named_params
 from tpu_llm.objectives.next_token import NextToken
 from tpu_llm.optim.optimizer import AdamW
 from tpu_llm.optim.schedule import Schedule
@@ -160,6 +161,14 @@ def test_merge_from_the_command_line(tmp_path, capsys):
     assert again.vocab_size == tokenizer.vocab_size
     assert main(['merge', str(tmp_path / 'adapter'), str(tmp_path / 'whole')]) == 2
     assert 'is there already' in capsys.readouterr().err
+    assert main(['convert', str(tmp_path / 'adapter'), str(tmp_path / 'x')]) == 2
+    assert f'merge it: python -m tpu_llm.checkpoint merge {tmp_path}/adapter TARGET\n' in capsys.readouterr().err
+    assert main(['inspect', str(tmp_path / 'adapter')]) == 0
+    out = capsys.readouterr().out
+    assert f'an adapter of {tmp_path}/base; merge it: ' in out
+    assert 'LORA: rank 2, of down_proj, ' in out
+    count = sum(leaf.size for _, leaf in named_params(model) if leaf.get_metadata('added'))
+    assert f' tensors, {count:,} parameters' in out
     prompts = SoftPrompts(length=2)
     adapters.save(tuned.wrapped(prompts, **sizes), prompts, tmp_path / 'prompts')
     assert main(['merge', str(tmp_path / 'prompts'), str(tmp_path / 'x')]) == 2

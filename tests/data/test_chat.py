@@ -185,7 +185,7 @@ def test_a_template_that_refuses_says_why() -> None:
         ({'role': 'user', 'content': 'x'}, 'messages must be a list'),
         (['hello'], r"messages\[0\] is 'hello'; it must be \{'role': …, 'content': …\}"),
         ([*HELLO, {'role': 'usr', 'content': 'x'}], r"messages\[1\] has role 'usr'; roles are system, developer, user"),
-        ([{'role': 'user'}], r'messages\[0\] has content None; it must be text'),
+        ([{'role': 'user'}], r"messages\[0\] has no 'content'; its fields are 'role'"),
         ([{'role': 'user', 'content': [{'type': 'text', 'text': 'x'}]}], r'messages\[0\] has content \[.*must be text'),
         ([{'role': 'user', 'content': 'x\ufdd0'}], r'messages\[0\] holds one of the characters U\+FDD0'),
     ],

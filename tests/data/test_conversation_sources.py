@@ -61,10 +61,12 @@ MESSAGES = {'messages': [QUESTION, ANSWER]}
 SHAREGPT = {'conversations': [{'from': 'human', 'value': 'Two and two?'}, {'from': 'gpt', 'value': 'Four.'}]}
 COMPLETION = {'prompt': 'Two and two?', 'completion': 'Four.'}
 SPOKEN = {'prompt': [QUESTION], 'completion': [ANSWER]}
+TWO_PARTS = [{'type': 'text', 'text': text} for text in ('Two and ', 'two?')]
+PARTS = {'messages': [{**QUESTION, 'content': TWO_PARTS}, ANSWER]}
 ALPACA = {'instruction': 'Two and two?', 'input': '', 'output': 'Four.', 'text': 'Below is …'}
 
 
-@pytest.mark.parametrize('record', [MESSAGES, SHAREGPT, COMPLETION, SPOKEN, ALPACA])
+@pytest.mark.parametrize('record', [MESSAGES, SHAREGPT, COMPLETION, SPOKEN, ALPACA, PARTS])
 def test_every_shape_of_a_conversation_is_the_same(tmp_path: Path, record: dict) -> None:
     source = Conversations(paths=write(tmp_path, record), template='chatml')
     found = pairs(source, BARE)
@@ -213,7 +215,9 @@ def test_tools_and_calls_are_text(tmp_path: Path) -> None:
     last = {'role': 'assistant', 'content': '3.5'}
     call = {'role': 'assistant', 'content': None, 'tool_calls': [{'type': 'function', 'function': {'name': 'sum'}}]}
     record = {'messages': [CALLING[0], call, CALLING[2], last], 'tools': DOING}
-    paths = write(tmp_path, record, {**record, 'tools': json.dumps(DOING)})
+    del (alone := dict(call))['content']
+    other = {'messages': [CALLING[0], alone, CALLING[2], last], 'tools': json.dumps(DOING)}
+    paths = write(tmp_path, record, other)
     found = shown(pairs(Conversations(paths=paths, template='chatml', system='Be.'), BARE), BARE)
     assert found.startswith('system\nBe.\n\nTools, each')
     assert '\n{"type": "function", "function": {"name": "sum", "parameters"' in found
@@ -307,7 +311,7 @@ BAD = [
     (Ranked, {'prompt': 'x', 'completions': ['a'], 'labels': [True]}, r'\(they are those of Steps\); wanted are'),
     (Steps, {'prompt': 'x', 'completions': ['a', 'b']}, r'\(they are those of Ranked\); wanted are'),
     (Conversations, [1], "the record is no object; wanted are the fields 'messages'"),
-    (Conversations, talk('user'), "the conversation ends without a response, with the user's; drop what is behind"),
+    (Conversations, talk('user'), 'the conversation has no response; drop the record'),
     (Conversations, talk('user', 'assistant', 'user'), "ends without a response, with the user's"),
     (
         Conversations,
@@ -334,7 +338,12 @@ BAD = [
     (
         Conversations,
         {'messages': [QUESTION, {'role': 'assistant'}]},
-        r'messages\[1\] has content None',
+        r"messages\[1\] has no 'content'; its fields are 'role'",
+    ),
+    (
+        Conversations,
+        {'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {}}]}, ANSWER]},
+        r"messages\[0\] has a part of type 'image_url'; only text is read",
     ),
     (Conversations, {'messages': 'x'}, r'messages must be a list'),
     (Conversations, {'prompt': 3, 'completion': 'x'}, r'prompt must be a list'),
@@ -346,6 +355,11 @@ BAD = [
     ),
     (Conversations, {**MESSAGES, 'tools': '{'}, 'tools is no list, nor the JSON of one'),
     (Preferences, {**PREFERENCE, 'rejected': 'a'}, 'chosen and rejected are the same; drop the record'),
+    (
+        Preferences,
+        {'chosen': [QUESTION, ANSWER], 'rejected': [{**QUESTION, 'content': 'Ho'}, ANSWER]},
+        r'chosen and rejected answer different prompts, from messages\[0\] on; mend one of them, or drop the record',
+    ),
     (Preferences, {**PREFERENCE, 'margin': 'big'}, "margin is 'big'; it must be a finite number"),
     (Preferences, {**PREFERENCE, 'rejected': ''}, r'messages\[1\] is an empty response'),
     (

@@ -245,7 +245,7 @@ def test_what_does_not_fit_is_left_out_and_named(
 ) -> None:
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(ConfigError, match="1000 documents in a row of source 'long' are bad or longer than the context"),
+        pytest.raises(ConfigError, match="from source 'long' gave no document that fits seq_len = 32: it has 1, "),
     ):
         first_row(tmp_path, record, kind, **changes)
     assert caplog.text.count('long.jsonl, line 1 is ') == 1

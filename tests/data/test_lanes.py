@@ -150,9 +150,12 @@ def test_overlong_documents_stop() -> None:
         walk([16, 16], overlong='stop').step()
 
 
-@pytest.mark.parametrize('lengths', [[40, 50], [None, None]])
-def test_a_source_without_a_usable_document(lengths: list[int | None]) -> None:
-    with pytest.raises(ConfigError, match=r"1000 documents in a row of source 'a' are bad or longer than the context"):
+@pytest.mark.parametrize(
+    ('lengths', 'said'), [([40, 50], '41 to 51 positions long'), ([None, None], 'all bad'), ([None, 40], '41 to 41')]
+)
+def test_a_source_without_a_usable_document(lengths: list[int | None], said: str) -> None:
+    message = f"draws in a row from source 'a' gave no document that fits seq_len = 16: it has 2, {said}"
+    with pytest.raises(ConfigError, match=message):
         walk(lengths, overlong='drop').step()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tpu_llm.config import ConfigError
 from tpu_llm.data.documents import Documents
-from tpu_llm.data.length import epoch_positions, run_steps
+from tpu_llm.data.length import epoch_positions, few_steps, run_steps
 from tpu_llm.data.loader import Data, Loader, open_documents
 from tpu_llm.data.mixture import Mixture
 from tpu_llm.data.sources import Text
@@ -34,6 +34,17 @@ def test_lengths_of_runs(small: Data, tmp_path: Path) -> None:
     assert run_steps(small, docs, tokens=101) == 11
     assert run_steps(small, docs, epochs=1) == 5
     assert run_steps(small, docs, epochs=2.5) == 12
+
+
+def test_few_steps_of_epochs_are_said(small: Data, tmp_path: Path) -> None:
+    wide = dataclasses.replace(small, seq_len=1024, global_batch=8, whole=True, overlong='drop')
+    docs = opened(wide, tmp_path)
+    assert run_steps(wide, docs, epochs=3) == 1
+    assert few_steps(wide, docs, steps=1, epochs=3).startswith(
+        '3 epochs of 45 tokens are 1 step of 8,192, in which each document stands about 182 times; give smaller data.se'
+    )
+    assert few_steps(small, opened(small, tmp_path), steps=10, epochs=2) == ''
+    assert few_steps(wide, docs, steps=1, epochs=0) == ''
 
 
 @pytest.mark.parametrize(('overlong', 'positions'), [('split', 45), ('truncate', 25), ('drop', 15), ('stop', 45)])

@@ -89,3 +89,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert '128 positions: trained on' in out
     assert main(['show', '--config=configs/sft.py:smoke', '--rows=0']) == 2
     assert capsys.readouterr().err == 'error: rows is 0; it is at least 1\n'
+    assert main(['show', '--config=configs/grpo.py:smoke']) == 2
+    assert 'its rows are the answers that are written while the run goes on; show is for' in capsys.readouterr().err

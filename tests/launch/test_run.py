@@ -150,6 +150,19 @@ def test_help_with_a_config_shows_its_fields_as_flags(folder):
     assert '--config.sources[1].weight=1.0' in lines
     assert '--config.named.web.weight=1.0' in lines
     assert '--config.betas=(0.9, 0.95)' in lines
+    assert lines[:2] == ['A run that writes down what it was given.', '']
+
+
+def test_help_with_a_config_that_lacks_something_shows_its_fields(entry, capsys):
+    assert entry('--config=configs/eval.py', '--help') == 0
+    assert "--config.model.path=''" in capsys.readouterr().out
+
+
+def test_help_with_a_page_that_asks_for_args_lists_them(entry, capsys):
+    assert entry('--config=configs/grpo.py', '--help') == 2
+    out, err = capsys.readouterr()
+    assert 'configs/grpo.py:model=FOLDER-OR-RUN,data=prompts.jsonl' in out
+    assert 'give the policy and its prompts' in one_line(err)
 
 
 # --------------------------------------------------------------------------------------------------- mistakes
@@ -294,6 +307,14 @@ def test_ctrl_c_says_what_is_left(folder, entry, capsys, tmp_path, saved):
     goes_on = 'the same command continues from the last checkpoint'
     begins = 'nothing was saved yet: the same command begins anew'
     assert one_line(capsys.readouterr().err) == f'interrupted; {goes_on if saved else begins}'
+
+
+def test_ctrl_c_knows_the_checkpoints_of_stages(folder, entry, capsys, tmp_path):
+    (tmp_path / 'sft/checkpoints/00000003.0001-ab').mkdir(parents=True)
+    (tmp_path / 'sft/checkpoints/00000003.0001-ab/COMMIT.json').touch()
+    flags = ['--config.fails=raise KeyboardInterrupt', f'--workdir={tmp_path}']
+    assert entry(f'--config={folder}/plain.py', *flags) == 130
+    assert 'continues from the last checkpoint' in capsys.readouterr().err
 
 
 def test_ctrl_c_within_a_callback_of_the_garbage_collector_is_not_lost(folder):

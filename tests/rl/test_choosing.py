@@ -217,7 +217,9 @@ def test_what_cannot_be_judged_stops_or_is_left_out(folder, model, tmp_path, cap
     records = chosen(dataclasses.replace(failing, on_error='skip'), tmp_path / 'skip')
     assert records
     assert '3 + 2 = ?\n' not in {record['prompt'] for record in records}
-    assert ', 0 answers that no reward could judge' not in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert ', 0 answers that no reward could judge' not in told
+    assert ' prompts without an answer, ' in told
 
 
 def test_bad_lines_are_named_and_may_be_passed_over(folder, model, tmp_path):

@@ -1,5 +1,6 @@
 """What a panel does with rewards that fail: the sample is named, and stops the run or is left out."""
 
+import json
 import math
 import subprocess
 import sys
@@ -41,6 +42,14 @@ def raises(sample: Sample) -> float:
     return 1.0
 
 
+def reads(sample: Sample) -> float:
+    return json.loads(sample.response) if sample.response == 'bad' else 1.0  # fails in the standard library
+
+
+def is_none(sample: Sample) -> Any:
+    return None if sample.response == 'bad' else 1.0
+
+
 def is_nan(sample: Sample) -> float:
     return math.nan if sample.response == 'bad' else 1.0
 
@@ -59,10 +68,17 @@ def two(sample: Sample) -> Any:
     return [1.0, 2.0]
 
 
+def line(function: Any, further: int) -> str:
+    return f'test_rewards_panel.py:{function.__code__.co_firstlineno + further}'
+
+
+OR_SKIP = ', or set --config.skip'
 SAYS = [
-    (raises, "KeyError: 'answer'; mend it"),
-    (is_nan, 'nan; give a finite number'),
-    (hangs, 'no answer within 0.2 s a sample; mend it, raise its timeout'),
+    (raises, f"KeyError: 'answer' at {line(raises, 2)}; mend it{OR_SKIP}"),
+    (reads, f'JSONDecodeError: Expecting value: line 1 column 1 (char 0) at {line(reads, 1)}; mend it{OR_SKIP}'),
+    (is_nan, f'nan; give a finite number{OR_SKIP}'),
+    (is_none, 'None; did it return a number?'),
+    (hangs, f'no answer within 0.2 s a sample; mend it, raise its timeout{OR_SKIP}'),
 ]
 
 
@@ -71,18 +87,45 @@ def test_stop_names_the_sample(call, said):
     with pytest.raises(RewardError) as error:
         panel(Function(call=call), timeout=0.2)(samples('good', 'bad', 'good'))
     place = "p.jsonl, line 3: reward 'function', response 'bad' to 'how many?'"
-    assert str(error.value) == f'{place}: {said}, or set --config.skip'
+    assert str(error.value) == f'{place}: {said}'
 
 
 @pytest.mark.parametrize(('call', 'said'), SAYS)
 def test_skip_leaves_the_sample_out_and_says_so(call, said, caplog):
     judged = panel(Function(call=call), ExactMatch(weight=2.0), on_error='skip', timeout=0.2)(
-        samples('4', 'bad', 'good')
+        samples('4', 'bad', 'good', 'bad')
     )
-    np.testing.assert_array_equal(judged.failed, [False, True, False])
-    np.testing.assert_array_equal(judged.total, [3.0, np.nan, 1.0])
-    np.testing.assert_array_equal(judged.each['exact'], [1, 0, 0])
-    assert [record.message for record in caplog.records if 'left out' in record.message]
+    np.testing.assert_array_equal(judged.failed, [False, True, False, True])
+    np.testing.assert_array_equal(judged.total, [3.0, np.nan, 1.0, np.nan])
+    np.testing.assert_array_equal(judged.each['exact'], [1, 0, 0, 0])
+    place = "p.jsonl, line 3: reward 'function', response 'bad' to 'how many?'"
+    told = 'left out (of each cause the first is named, and all are counted)'
+    assert [record.message for record in caplog.records] == [f'{told}: {place}: {said.removesuffix(OR_SKIP)}']
+
+
+def test_each_cause_is_told_once(caplog):
+    def fails(sample: Sample) -> Any:
+        if sample.response == 'none':
+            return None
+        return 1 / 0 if sample.response == 'zero' else int(sample.response)
+
+    judge = panel(Function(call=fails), on_error='skip')
+    assert judge(samples('a', 'zero', 'b', 'none', '4', 'zero')).failed.tolist() == [True] * 4 + [False, True]
+    assert judge(samples('c', 'none')).failed.all()
+    said = ("literal for int() with base 10: 'a' at ", 'ZeroDivisionError: division by zero at ', ': None; did')
+    assert len(caplog.records) == len(said)
+    assert all(part in record.message for part, record in zip(said, caplog.records, strict=True))
+
+
+def test_none_for_all_samples_is_no_number():
+    class Forgetful:
+        name, weight = 'forgetful', 1.0
+
+        def open(self, surroundings: Any) -> Any:
+            return lambda samples: None
+
+    with pytest.raises(RewardError, match=r"'a' to 'how many\?': None; did it return a number\?"):
+        panel(Forgetful())(samples('a'))
 
 
 def test_a_weighted_sum_and_each_alone():

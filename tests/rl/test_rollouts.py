@@ -216,7 +216,7 @@ def test_prompts_whose_responses_are_all_alike_are_drawn_again(prompts, tmp_path
     assert flat[0] > flat[1]
 
 
-ODD = r"prompts\.jsonl, line \d+: reward 'function', .*: KeyError: 'odd'; mend it, or set --config.rollout.on_error="
+ODD = r"prompts\.jsonl, line \d+: reward 'function', .*: KeyError: 'odd' at test_rollouts.py:\d+; mend it, or set --"
 
 
 def test_what_a_reward_cannot_judge_is_left_out_or_stops_the_run(prompts, tmp_path):

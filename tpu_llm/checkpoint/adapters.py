@@ -247,6 +247,26 @@ def read(path: epath.PathLike) -> dict[str, Any]:
     return said
 
 
+def is_folder(path: epath.PathLike) -> bool:
+    return (epath.Path(path) / CONFIG).exists()
+
+
+def apart(path: epath.PathLike) -> str:
+    """What such a folder is, and what it takes to be a model."""
+    said = read(path)
+    base = said.get('base_model_name_or_path') or ''
+    if said.get('peft_type') in ('PROMPT_TUNING', 'PREFIX_TUNING'):
+        mend = 'no weights can take it up: load it beside its base, checkpoint.adapters.load(model, FOLDER)'
+    else:
+        mend = f'merge it: python -m tpu_llm.checkpoint merge {path} TARGET{"" if base else " --base=FOLDER"}'
+    return f'an adapter of {base or "a base that it does not name"}; {mend}'
+
+
+def stored(path: epath.PathLike) -> Mapping[str, safetensors_file.Info]:
+    """Its tensors, unread."""
+    return safetensors_file.Reader(epath.Path(path) / TENSORS).tensors
+
+
 def load(model: Any, path: epath.PathLike) -> Saved:
     """Wraps a model with the adapter in a folder, in place, its numbers as they are there. What kind it is.
 

@@ -113,6 +113,9 @@ def _save_ours(target: str, given: Source, model: object, tokenizer: Tokenizer) 
 def inspect(path: str) -> bool:
     """Prints what is at a path, reading no weights. Whether every tensor has a place here and there is a tokenizer."""
     console = Console(highlight=False, soft_wrap=True, markup=False)
+    if adapters.is_folder(path) and not pretrained.is_foreign(path):
+        console.print('\n  '.join(_of_peft(path)))
+        return True
     source = pretrained.open_source(path)
     graph = ModelGraph(source.config.make(vocab_multiple=1))
     config = source.config
@@ -135,6 +138,21 @@ def inspect(path: str) -> bool:
             console.print(f'  {error}')
             whole = False
     return whole
+
+
+def _of_peft(path: str) -> list[str]:
+    """What an adapter's folder says."""
+    said, stored = adapters.read(path), adapters.stored(path)
+    numbers = sum(math.prod(info.shape) for info in stored.values())
+    names = {'r': 'rank', 'num_virtual_tokens': 'length', 'target_modules': 'of'}
+    fields = {ours: said[theirs] for theirs, ours in names.items() if said.get(theirs)}
+    options = ', '.join(f'{k} {", ".join(v) if isinstance(v, list) else v}' for k, v in fields.items())
+    return [
+        path,
+        adapters.apart(path),
+        f'{said.get("peft_type")}: {options}',
+        f'{len(stored)} tensors, {numbers:,} parameters',
+    ]
 
 
 def _sum(source: Source, names: Sequence[str]) -> str:

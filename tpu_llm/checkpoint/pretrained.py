@@ -19,8 +19,9 @@ from flax import nnx
 
 from tpu_llm import config
 from tpu_llm.arrays import Array
-from tpu_llm.checkpoint import files, gguf, huggingface, reader
+from tpu_llm.checkpoint import adapters, files, gguf, huggingface, reader
 from tpu_llm.checkpoint.commit import Checkpoint
+from tpu_llm.checkpoint.named import NAMES
 from tpu_llm.config import ConfigError
 from tpu_llm.data import tokenizer_gguf, tokenizer_json
 from tpu_llm.data.documents import fingerprint, read_range
@@ -138,10 +139,17 @@ def open_source(path: epath.PathLike) -> Source:
 
 def _check_there(path: epath.Path) -> None:
     """Raises ConfigError for a path that is plainly a mistake."""
+    if str(path).startswith('stage:'):
+        raise ConfigError(
+            f'{path} becomes a path when Stages starts a stage, and is read before that; make the run without it, and '
+            f"set run.origin = Origin(weights='{path}')"
+        )
     if not files.exists(path):
         if not _on_the_hub(path):
+            meant = config.nearest(str(path), NAMES, cutoff=0.7)
             raise ConfigError(
-                f'there is no {path}; give a Hugging Face folder, a .gguf file, the workdir of a run, or org/name'
+                f'there is no {path}{meant}; give a Hugging Face folder, a .gguf file, the workdir of a run, or '
+                'org/name'
             )
     elif not files.is_cloud(path) and path.is_file() and path.suffix != '.gguf':
         raise ConfigError(f'{path} is a file; give the folder that it is in')
@@ -168,6 +176,8 @@ def _from_hub(name: str) -> str:
 
 def _ours(path: epath.Path) -> Source:
     checkpoint = reader.find(path)
+    if checkpoint is None and adapters.is_folder(path):
+        raise ConfigError(f'{path} is {adapters.apart(path)}')
     if checkpoint is None:
         raise ConfigError(
             f'{path} holds no finished checkpoint; give the workdir of a run that has saved one, a Hugging Face folder '

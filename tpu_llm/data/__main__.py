@@ -18,6 +18,7 @@ from rich.console import Console
 from tpu_llm.command_line import load
 from tpu_llm.config import ConfigError
 from tpu_llm.data.audit import audit
+from tpu_llm.data.loader import opened
 from tpu_llm.data.show import show
 
 
@@ -39,6 +40,11 @@ def main(argv: list[str]) -> int:
         run = load(options.config, overrides)
         if not (hasattr(run, 'data') and hasattr(run, 'seed')):
             raise ConfigError(f'{options.config} describes a {type(run).__name__}, which reads no training data')
+        if any(docs.kind == 'prompt' for docs in opened(run.data.mixture).values()):
+            raise ConfigError(
+                f'{options.config} reads prompts, and its rows are the answers that are written while the run goes on; '
+                f'{options.command} is for rows that are read'
+            )
         if options.workdir is not None and not epath.Path(options.workdir).exists():
             raise ConfigError(f'there is no workdir {options.workdir}')
         if options.command == 'show' and options.rows < 1:

@@ -52,6 +52,35 @@ def render(
     return _OURS.sub('', _run(template, {'messages': list(messages), **marks, **variables}))
 
 
+def read(messages: Any) -> list[dict[str, Any]]:
+    """The messages of a record, with content that is in parts ([{'type': 'text', 'text': …}]) as one text, and with
+    None where calls of tools stand alone.
+
+    Raises ConfigError as `check` does, and for a part that is no text.
+    """
+    if isinstance(messages, list):
+        messages = [_whole(message, index) for index, message in enumerate(messages)]
+    check(messages)
+    return list(messages)
+
+
+def _whole(message: Any, index: int) -> Any:
+    if not isinstance(message, dict):
+        return message
+    if message.get('tool_calls'):
+        message = {'content': None, **message}
+    if not isinstance(message.get('content'), list):
+        return message
+    texts = []
+    for part in message['content']:
+        text = part.get('text') if isinstance(part, dict) and part.get('type') == 'text' else None
+        if not isinstance(text, str):
+            said = f'of type {part.get("type")!r}' if isinstance(part, dict) else repr(part)
+            raise ConfigError(f'messages[{index}] has a part {said}; only text is read: drop the part, or the record')
+        texts.append(text)
+    return {**message, 'content': ''.join(texts)}
+
+
 def check(messages: Sequence[Message]) -> None:
     """Raises ConfigError unless each message has a role and a content that is text."""
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
@@ -62,6 +91,8 @@ def check(messages: Sequence[Message]) -> None:
         if message.get('role') not in ROLES:
             raise ConfigError(f'messages[{index}] has role {message.get("role")!r}; roles are {", ".join(ROLES)}')
         content = message.get('content')
+        if 'content' not in message and not message.get('tool_calls'):
+            raise ConfigError(f"messages[{index}] has no 'content'; its fields are {', '.join(map(repr, message))}")
         if not isinstance(content, str) and not (content is None and message.get('tool_calls')):
             raise ConfigError(f'messages[{index}] has content {content!r}; it must be text')
         if content and _OURS.search(content):

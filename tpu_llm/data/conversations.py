@@ -6,6 +6,7 @@ A line's fields say what it is. What a record lacks, or what cannot be meant, is
 import abc
 import copy
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -103,6 +104,7 @@ class Preferences(ChatSource):
         texts = [_completed(self, record, name, margin) for name in ('chosen', 'rejected')]
         if texts[0].messages == texts[1].messages:
             raise ValueError('chosen and rejected are the same; drop the record')
+        _check_prompts(*texts)
         return texts
 
 
@@ -249,6 +251,17 @@ def _completed(source: ChatSource, record: Mapping[str, Any], name: str, value: 
     return Spoken(messages=messages, since=len(messages) - len(answer), value=value, tools=_tools(record))
 
 
+def _check_prompts(chosen: Spoken, rejected: Spoken) -> None:
+    """Raises ValueError unless two answers are to one prompt."""
+    prompts = ([(m['role'], m['content']) for m in text.messages[: text.since]] for text in (chosen, rejected))
+    for index, (one, other) in enumerate(itertools.zip_longest(*prompts)):
+        if one != other:
+            raise ValueError(
+                f'chosen and rejected answer different prompts, from messages[{index}] on; mend one of them, or drop '
+                'the record'
+            )
+
+
 def _prompt(value: Any) -> Messages:
     return [{'role': 'user', 'content': value}] if isinstance(value, str) else _messages(value, 'prompt')
 
@@ -259,10 +272,9 @@ def _answer(value: Any, name: str) -> Messages:
 
 def _messages(value: Any, name: str) -> Messages:
     try:
-        chat.check(value)
+        return chat.read(value)
     except ConfigError as error:
         raise ValueError(str(error).replace('messages', name, 1)) from None
-    return list(value)
 
 
 def _sharegpt(turns: Any) -> Messages:
@@ -271,9 +283,9 @@ def _sharegpt(turns: Any) -> Messages:
     for index, turn in enumerate(turns):
         if turn.get('from') not in _SHAREGPT:
             raise ValueError(f'conversations[{index}] is from {turn.get("from")!r}; known are {", ".join(_SHAREGPT)}')
-    return _messages(
-        [{'role': _SHAREGPT[turn['from']], 'content': turn.get('value')} for turn in turns], 'conversations'
-    )
+        if 'value' not in turn:
+            raise ValueError(f"conversations[{index}] has no 'value'; its fields are {', '.join(map(repr, turn))}")
+    return _messages([{'role': _SHAREGPT[turn['from']], 'content': turn['value']} for turn in turns], 'conversations')
 
 
 def _alpaca(record: Mapping[str, Any]) -> Messages:
@@ -325,6 +337,8 @@ def _check(messages: Messages) -> None:
         if role == 'assistant' and not (message['content'] or '').strip() and not message.get('tool_calls'):
             raise ValueError(f'messages[{index}] is an empty response; drop the record, or the messages from there on')
         before = role
+    if all(message['role'] != 'assistant' for message in messages):
+        raise ValueError('the conversation has no response; drop the record')
     if before != 'assistant':
         raise ValueError(f"the conversation ends without a response, with the {before}'s; drop what is behind the last")
 

@@ -192,10 +192,17 @@ class Walk:
             document = self._take(i, source, int(self._table['drawn'][i, source]))
             if document is not None:
                 return document
-        mend = 'a longer seq_len' if self._plan.whole else "overlong='split'"
-        raise ConfigError(
-            f'{_IN_VAIN} documents in a row of source {self._names[source]!r} are bad or longer than the context of '
-            f'{self._plan.seq_len}; mend the source or use {mend}'
+        raise ConfigError(self._unusable(source))
+
+    def _unusable(self, source: int) -> str:
+        """What is to be said of a source of which no document is usable."""
+        stream, mend = self._streams[source], 'a longer seq_len' if self._plan.whole else "overlong='split'"
+        pairs = [count_pairs(ids) for n in range(min(len(stream), _IN_VAIN)) if (ids := stream.ids(n)) is not None]
+        lengths = f'{min(pairs):,} to {max(pairs):,} positions long' if pairs else 'all bad'
+        first = f', the first {_IN_VAIN:,} of them' if len(stream) > _IN_VAIN else ','
+        return (
+            f'{_IN_VAIN:,} draws in a row from source {self._names[source]!r} gave no document that fits seq_len = '
+            f'{self._plan.seq_len:,}: it has {len(stream):,}{first} {lengths}; mend the source or use {mend}'
         )
 
     def _take(self, i: int, source: int, drawn: int) -> tuple[np.ndarray, int] | None:

@@ -7,6 +7,7 @@ the rows, so it is right however far the readers run ahead.
 import dataclasses
 import functools
 import pickle
+import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,7 +110,13 @@ def read_ahead(rows: Rows, *, workers: int, prefetch: int) -> Closing:
     options = grain.experimental.DatasetOptions(min_shm_size=_SHARED)
     dataset = grain.experimental.WithOptionsIterDataset(sent, options)
     multi = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-    return Joined(dataset.mp_prefetch(multi).__iter__(), workers, Path(file.name))
+    return Joined(dataset.mp_prefetch(multi, _deafen).__iter__(), workers, Path(file.name))
+
+
+def _deafen(index: int, count: int) -> None:
+    """Ctrl-C in a terminal reaches workers, too; the run needs them for the step after which it saves."""
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _call(file: str, index: int, argument: Any) -> Any:

@@ -43,12 +43,12 @@ class _Prompts(Lines):
                 raise ValueError('the prompt is empty; drop the record')
             return Document(text=prompt, record=record)
         try:
-            chat.check(prompt)
+            prompt = chat.read(prompt)
         except ConfigError as error:
             raise ValueError(str(error).replace('messages', 'prompt', 1)) from None
         if prompt[-1]['role'] == 'assistant':
             raise ValueError('the prompt ends with a response; drop that, which is what the policy is to write')
-        return Document(text=prompt[-1]['content'] or '', record=record)
+        return Document(text=prompt[-1]['content'] or '', record={**record, 'prompt': prompt})
 
 
 class Asker:

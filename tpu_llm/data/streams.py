@@ -29,6 +29,9 @@ class Stream:
         self._docs = docs
         self._tokenizer = tokenizer
 
+    def __len__(self) -> int:
+        return len(self._docs)
+
     def number(self, index: int) -> int:
         """Which of the source's documents is at an index of the stream."""
         return self._order[index]

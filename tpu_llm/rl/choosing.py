@@ -104,7 +104,9 @@ class Choose(Write):
         return record | {'chosen': samples[best].response, 'rejected': samples[worst].response}
 
     def _wanted(self) -> str:
-        return f'an answer worth {self.least:g}' if self.keep == 'best' else f'two more than {self.margin:g} apart'
+        if self.keep == 'pairs':
+            return f'two more than {self.margin:g} apart'
+        return 'an answer' + (f' worth {self.least:g}' if self.least > -math.inf else '')
 
 
 def _distinct(samples: Sequence[Sample]) -> list[Sample]:

@@ -2,8 +2,9 @@
 
 A reward is a config whose `open(surroundings)` gives a function from samples to numbers, one a sample. It may look at
 the text and at the prompt's record (`answer`, …). NaN, an exception or too long a wait is an error that names the
-reward, the sample and its prompt's place; `on_error` stops the run there, or leaves the sample out and counts it. What
-is at fault from the beginning, a record without the field that a reward reads, is refused at the start (`check`).
+reward, the sample and its prompt's place; `on_error` stops the run there, or leaves the sample out, counts it and says
+each cause once. What is at fault from the beginning, a record without the field that a reward reads, is refused at the
+start (`check`).
 """
 
 import abc
@@ -11,8 +12,12 @@ import dataclasses
 import json
 import logging
 import math
+import os
+import sysconfig
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import jax
@@ -23,6 +28,12 @@ from tpu_llm.data.documents import Documents
 
 OnError = Literal['stop', 'skip']
 logger = logging.getLogger('tpu_llm')
+_NONE = 'None; did it return a number?'
+_LIBRARIES = (
+    '<frozen ',
+    os.path.join(Path(__file__).parents[1], ''),
+    *(os.path.join(sysconfig.get_path(name), '') for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +151,8 @@ class Panel:
             raise ConfigError(f'rewards have the names {", ".join(names)}; give each a name of its own')
         self._rewards = [(reward, reward.open(surroundings)) for reward in rewards]
         self._on_error, self._timeout, self._first = on_error, timeout, first
-        self._or_skip = f', or set {skips}' if skips else ''
+        self._or_skip = f', or set {skips}' if skips and on_error == 'stop' else ''
+        self._causes: set[tuple[str, ...]] = set()  # those that were told
 
     def __call__(self, samples: Sequence[Sample]) -> Judged:
         each = {reward.name: self._told(reward, judge, samples) for reward, judge in self._rewards}
@@ -174,7 +186,10 @@ class Panel:
                     return values
             if self._on_error == 'stop':
                 raise
-            logger.warning('%s; left out', error)
+            cause = (reward.name, *_cause(error))
+            if cause not in self._causes:
+                self._causes.add(cause)
+                logger.warning('left out (of each cause the first is named, and all are counted): %s', error)
             return np.array([math.nan])
 
     def _each(self, reward: Reward, judge: Scores, samples: Sequence[Sample]) -> np.ndarray:
@@ -183,19 +198,24 @@ class Panel:
     def _checked(self, name: str, judge: Scores, samples: Sequence[Sample]) -> np.ndarray:
         where = _where(name, samples[0]) + (f' and {len(samples) - 1} more' if len(samples) > 1 else '')
         try:
-            values = np.asarray(_within(lambda: judge(samples), self._timeout * len(samples)), np.float64)
+            told = _within(lambda: judge(samples), self._timeout * len(samples))
+            values = np.asarray(told, np.float64)
         except _TooLong:
             mend = f'mend it, raise its timeout{self._or_skip}'
             raise RewardError(f'{where}: no answer within {self._timeout:g} s a sample; {mend}') from None
         except ConfigError:
             raise
         except Exception as error:  # It is the user's function: whatever it raises is named, with its sample.
-            said = ' '.join(f'{type(error).__name__}: {error}'.split())
+            said = ' '.join(f'{type(error).__name__}: {error}'.split()) + _at(error)
             raise RewardError(f'{where}: {said}; mend it{self._or_skip}') from error
+        if told is None:
+            raise RewardError(f'{where}: {_NONE}')
         if values.shape != (len(samples),):
             raise RewardError(f'{where}: {list(values.shape)} numbers for {len(samples)} samples; give one a sample')
         if not np.isfinite(values).all():
             at = int(np.flatnonzero(~np.isfinite(values))[0])
+            if list(told)[at] is None:
+                raise RewardError(f'{_where(name, samples[at])}: {_NONE}')
             raise RewardError(f'{_where(name, samples[at])}: {values[at]}; give a finite number{self._or_skip}')
         return values
 
@@ -203,6 +223,20 @@ class Panel:
 def _where(name: str, sample: Sample) -> str:
     place = sample.where()
     return f'{place}: ' * bool(place) + f'reward {name!r}, response {sample.response[:60]!r} to {sample.prompt[:60]!r}'
+
+
+def _at(error: Exception) -> str:
+    """The last line of the user's own code that it passed; '' where there is none."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    theirs = [f' at {Path(file).name}:{line}' for file, line in frames if not file.startswith(_LIBRARIES)]
+    return theirs[-1] if theirs else ''
+
+
+def _cause(error: RewardError) -> tuple[str, ...]:
+    """What was raised and on which line; its words may differ with every sample."""
+    raised = error.__cause__ or error
+    *_, (frame, line) = traceback.walk_tb(raised.__traceback__)
+    return type(raised).__name__, frame.f_code.co_filename, str(line)
 
 
 class _TooLong(Exception):

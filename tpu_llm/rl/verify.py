@@ -165,7 +165,7 @@ class JsonSchema:
 def _validator(schema: str) -> Any:
     """Raises ValueError for what is no schema."""
     if importlib.util.find_spec('jsonschema') is None:
-        raise ConfigError("JSON schemas need the package jsonschema: pip install 'tpu_llm[json]'")
+        raise ConfigError("JSON schemas need the package jsonschema: pip install -e '.[json]'")
     import jsonschema
     import referencing
 

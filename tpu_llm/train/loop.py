@@ -27,7 +27,8 @@ def fit(run: Run, workdir: epath.PathLike) -> TrainState:
     """Trains `run` to its end in `workdir`, continuing whatever was begun there. Returns the final state.
 
     Raises ConfigError for what cannot run, Superseded where a newer start took the workdir over,
-    CheckpointError where a save failed. A preemption (SIGTERM) saves and returns early.
+    CheckpointError where a save failed. A preemption (SIGTERM) saves and returns early; so does Ctrl-C on a single host
+    once a step is done, and raises KeyboardInterrupt then.
     """
     validate(run)
     workdir = epath.Path(workdir)
@@ -65,7 +66,8 @@ def _train(session: Session, state: TrainState, resumed: resume.Resumed) -> Trai
     hooks = [(hook, hook.open(session)) for hook in run.hooks]
     about = manifest.describe(run, mesh=session.layout.mesh.shape, tokenizer=session.tokenizer.fingerprint)
     store = Store(run.checkpoints, session.fence, session.tokenizer.files())
-    watch, preemption, stall = Watch(session), Preemption(), Stall(ledger, session.workdir, session.print)
+    watch, preemption = Watch(session), Preemption(session.print)
+    stall = Stall(ledger, session.workdir, session.print)
     with closing(stall), store, closing(feed), closing(preemption):
         for step in range(resumed.step + 1, session.steps + 1):
             stall.begin(step)
@@ -94,17 +96,19 @@ def _train(session: Session, state: TrainState, resumed: resume.Resumed) -> Trai
                 raise failed
             if stop:
                 break
-        _finish(session, watch, int(state.step))
+        _finish(session, watch, int(state.step), preemption.cause)
+    if preemption.cause == 'interrupted':
+        raise KeyboardInterrupt  # whatever was to come next does not
     return state
 
 
-def _finish(session: Session, watch: Watch, step: int) -> None:
+def _finish(session: Session, watch: Watch, step: int, cause: str = '') -> None:
     """Writes the summary and the report; says how to go on where the run was stopped early."""
     watch.flush()
     if not session.is_main:
         return
     if step < session.steps:
-        session.reporter.print(f'preempted: saved at step {step:,}/{session.steps:,}; the same command continues')
+        session.reporter.print(f'{cause}: saved at step {step:,}/{session.steps:,}; the same command continues')
         return
     write_summary(session)
     if session.run.report:
