@@ -52,12 +52,16 @@ def _read(path: str) -> tuple[str, list[Score]]:
 
 def _table(found: Sequence[tuple[Score, Score, str, Difference]]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ('task', 'metric', 'first', 'second', 'difference', '95 % interval', 'p', 'test'):
-        right = name in ('first', 'second', 'difference', 'p')
+    for name in ('task', 'metric', 'first', 'second', 'first - second', '95 % interval', 'p', 'test'):
+        right = name in ('first', 'second', 'first - second', 'p')
         table.add_column(name, justify='right' if right else 'left', no_wrap=True)
     said = ''
     for ours, theirs, name, each in found:
         values = (ours.metrics[name].value, theirs.metrics[name].value, each.estimate.value)
         task, said = '' if ours.task == said else ours.task, ours.task
-        table.add_row(task, name, *map(number, values), interval(each.estimate), f'{each.p:.3f}', each.test)
+        table.add_row(task, name, *map(number, values), interval(each.estimate), _chance(each.p), each.test)
     return table
+
+
+def _chance(p: float) -> str:
+    return '<0.001' if p < 0.001 else f'{p:.3f}'
