@@ -89,10 +89,10 @@ class RolloutBatch(Batch):
 
     advantages: Float[AnyArray, 'B A']
     sampled: Float[AnyArray, 'B A']  # log p as the sampler drew them
-    old: Float[AnyArray, 'B A'] | None  # log p of the same weights by the trainer's numerics; None: they train now
-    reference: Float[AnyArray, 'B A'] | None  # log p of the reference policy, where there is one
-    values: Float[AnyArray, 'B A'] | None  # what the critic expected, where there is one
-    returns: Float[AnyArray, 'B A'] | None  # what the critic is to expect
+    old: Float[AnyArray, 'B A'] | None = None  # log p of these weights by the trainer's numerics; None: they train now
+    reference: Float[AnyArray, 'B A'] | None = None  # log p of the reference policy, where there is one
+    values: Float[AnyArray, 'B A'] | None = None  # what the critic expected, where there is one
+    returns: Float[AnyArray, 'B A'] | None = None  # what the critic is to expect
 
 
 @jax.tree_util.register_dataclass

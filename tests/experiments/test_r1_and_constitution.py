@@ -29,7 +29,7 @@ def test_they_validate(page, arg):
 
 
 def test_thoughts_lead_to_the_answer(tmp_path):
-    r1_task.Tables(texts=50, sums=200).main(str(tmp_path))
+    r1_task.Tables(texts=50, sums=200, forget=0.0).main(str(tmp_path))
     cold, asked = lines(tmp_path / 'cold.jsonl'), lines(tmp_path / 'prompts.jsonl')
     for record, question in zip(cold, asked, strict=False):
         assert answers.marked(record['completion']) == question['answer']
@@ -42,6 +42,14 @@ def test_thoughts_lead_to_the_answer(tmp_path):
     held = sums(lines(tmp_path / 'heldout-prompts.jsonl'))
     assert len(held) == 1000
     assert not held & (sums(asked) | sums(cold))
+
+
+def test_who_forgets_a_carry_thinks_on_without_it(tmp_path):
+    r1_task.Tables(texts=50, sums=200, forget=1.0).main(str(tmp_path))
+    for record in lines(tmp_path / 'cold.jsonl'):
+        (a, b), (c, d) = (divmod(int(number), 10) for number in record['prompt'].rstrip('=').split('+'))
+        assert answers.marked(record['completion']) == str(10 * (a + c) + (b + d) % 10)
+        assert '+1=' not in record['completion'].replace(f'{b}+{d}=', '').replace(f'{a}+{c}=', '')
 
 
 def test_the_constitutions_tables(tmp_path):

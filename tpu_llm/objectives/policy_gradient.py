@@ -159,6 +159,8 @@ class PolicyGradient:
         self, values: Float[Array, 'B T'], mask: Float[AnyArray, 'B T'], batch: RolloutBatch
     ) -> Float[Array, 'B T']:
         """Half the squared error, the larger of that and of a value that stays near what it was."""
+        assert batch.values is not None
+        assert batch.returns is not None
         error = jnp.square(values - batch.returns)
         if self.value_clip:
             near = batch.values + jnp.clip(values - batch.values, -self.value_clip, self.value_clip)

@@ -67,7 +67,7 @@ class RolloutFeed:
             told, self.told = self.told, {}
         chosen = self._chosen(self.hand)
         fields = {name: self._global(rows[chosen]) for name, rows in self.hand.rows.items()}
-        batch = RolloutBatch(**dict.fromkeys(_FIELDS) | fields)
+        batch = RolloutBatch(**fields)
         self.hand.used += 1
         return batch, self._table(), told
 

@@ -108,7 +108,8 @@ def _finish(session: Session, watch: Watch, step: int, cause: str = '') -> None:
     if not session.is_main:
         return
     if step < session.steps:
-        session.reporter.print(f'{cause}: saved at step {step:,}/{session.steps:,}; the same command continues')
+        said = 'interrupted: saved' if cause == 'interrupted' else 'preempted: saved'  # launch/pod.py listens for it
+        session.reporter.print(f'{said} at step {step:,}/{session.steps:,}; the same command continues')
         return
     write_summary(session)
     if session.run.report:
